@@ -1,0 +1,107 @@
+"""Strict loading of configurations: a mapping becomes a frozen dataclass, unknown keys fail and suggest."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, fields, is_dataclass
+from pathlib import Path
+from typing import Any, TypeVar, get_args, get_type_hints
+
+import dacite
+import yaml
+
+from raysegment.climate.checks import BadInput
+
+T = TypeVar("T")
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """The mapping in a YAML file; BadInput when there is no file or no mapping in it."""
+    path = Path(path)
+    if not path.is_file():
+        raise BadInput(path, "a YAML configuration file", "no such file", "Give the path of a configuration.")
+    try:
+        content = yaml.safe_load(path.read_text())
+    except yaml.YAMLError as error:
+        raise BadInput(path, "valid YAML", str(error).replace("\n", " "), "Correct the file.") from error
+    if not isinstance(content, dict):
+        raise BadInput(path, "keys with values", type(content).__name__, "Write lines like `steps: 1000`.")
+    return content
+
+
+def apply_overrides(mapping: Mapping[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
+    """A copy of `mapping` with every `a.b=value` of `overrides` set; values are read as YAML (numbers, true, lists)."""
+    result = _copy(mapping)
+    for override in overrides:
+        key, equals, value = override.partition("=")
+        if not equals or not key:
+            raise BadInput(override, "key=value", override, "Write for example `optim.lr=1e-3`.")
+        _set(result, key.split("."), _scalar(value))
+    return result
+
+
+def load(cls: type[T], mapping: Mapping[str, Any], where: str | Path = "configuration") -> T:
+    """An instance of the dataclass `cls` from nested mappings; BadInput names the key that does not fit."""
+    _refuse_unknown(cls, mapping, "", where)
+    try:
+        return dacite.from_dict(cls, mapping, dacite.Config(strict=True, cast=[float, tuple]))
+    except dacite.DaciteError as error:
+        raise BadInput(where, f"values that fit {cls.__name__}", error, "See the README's table of keys.") from error
+    except BadInput:
+        raise
+    except (ValueError, TypeError) as error:
+        raise BadInput(where, f"values that fit {cls.__name__}", error, "Correct the value.") from error
+
+
+def dump(config: Any) -> str:
+    """YAML text of a dataclass, ready for `load`."""
+    return yaml.safe_dump(_plain(asdict(config)), sort_keys=False)
+
+
+def _set(mapping: dict[str, Any], path: list[str], value: Any) -> None:
+    for part in path[:-1]:
+        mapping = mapping.setdefault(part, {})
+        if not isinstance(mapping, dict):
+            raise BadInput(".".join(path), "a group of keys", f"the value {mapping!r} at `{part}`", "Drop the dot.")
+    mapping[path[-1]] = value
+
+
+def _scalar(text: str) -> Any:
+    """YAML's reading of a value, and `1e-3` as the number it is (YAML 1.1 wants `1.0e-3`)."""
+    value = yaml.safe_load(text)
+    if isinstance(value, str):
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    return value
+
+
+def _copy(mapping: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: _copy(value) if isinstance(value, Mapping) else _number(value) for key, value in mapping.items()}
+
+
+def _number(value: Any) -> Any:
+    return _scalar(value) if isinstance(value, str) and value[:1] in "+-.0123456789" and "e" in value.lower() else value
+
+
+def _refuse_unknown(cls: type, mapping: Mapping[str, Any], prefix: str, where: str | Path) -> None:
+    hints = get_type_hints(cls)
+    known = [field.name for field in fields(cls)]  # pyright: ignore[reportArgumentType]
+    for key, value in mapping.items():
+        if key not in known:
+            close = difflib.get_close_matches(str(key), known, 1)
+            remedy = f"Did you mean `{prefix}{close[0]}`?" if close else f"Known keys: {', '.join(known)}."
+            raise BadInput(where, f"keys of {cls.__name__}", f"`{prefix}{key}`", remedy)
+        inner = next((t for t in (hints[key], *get_args(hints[key])) if is_dataclass(t)), None)
+        if inner is not None and isinstance(value, Mapping):
+            _refuse_unknown(inner, value, f"{prefix}{key}.", where)  # pyright: ignore[reportArgumentType]
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return str(value) if isinstance(value, Path) else value
