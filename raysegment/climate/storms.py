@@ -25,9 +25,10 @@ def coriolis(lat) -> NDArray:
 
 @dataclass(frozen=True)
 class Vortex:
-    """A warm-core cyclone: V(r) = V_max √(2x²/(1+x²)) x^−α exp(−(r/r_outer)²), x = r/r_max (modified Rankine, smoothed).
+    """A warm-core cyclone: V(r) = V_max x exp((1 − x^b)/b) exp(−(r/r_outer)²), x = r/r_max (Chan & Williams 1987, eq. 2.10,
+    with an outer edge).
 
-    `wind_m_s` at 850 hPa; `decay` is α; `warmth` the share of the surface low that a warm column explains
+    `wind_m_s` at 850 hPa; `decay` is b; `warmth` the share of the surface low that a warm column explains
     (1: the low vanishes at 200 hPa); `moist_radius_km` and `moisture_kg_m2` its humid core.
     """
 
@@ -49,8 +50,8 @@ class Vortex:
 
     def speed(self, radius_km: NDArray) -> NDArray:
         """Tangential wind (m/s) at distances from the centre."""
-        x = np.maximum(radius_km / self.core_km, 1e-3)
-        return self.wind_m_s * np.sqrt(2 * x**2 / (1 + x**2)) * x**-self.decay * np.exp(-((radius_km / self.outer_km) ** 2))
+        x, b = radius_km / self.core_km, self.decay
+        return self.wind_m_s * x * np.exp((1 - x**b) / b - (radius_km / self.outer_km) ** 2)
 
     def deficit_pa(self, radius_km: NDArray) -> NDArray:
         """Pressure below the surroundings: ∫_r^∞ ρ (V²/r + |f| V) dr (gradient wind balance)."""

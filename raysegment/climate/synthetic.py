@@ -24,6 +24,7 @@ from raysegment.climate.noise import folded, smooth_noise, sphere_points
 from raysegment.climate.planet import (
     GAS_CONSTANT_DRY,
     GRAVITY_M_S2,
+    LAPSE_K_M,
     MeanState,
     Planet,
     make_planet,
@@ -93,6 +94,23 @@ class Weather:
     filaments: tuple[Filament, ...]
 
 
+@dataclass(frozen=True, eq=False)
+class Drawn:
+    """What is painted before the rest follows from it: (H, W) each, SI units; winds at 850 hPa and of the lowest level."""
+
+    psl: NDArray
+    u850: NDArray
+    v850: NDArray
+    ubot: NDArray
+    vbot: NDArray
+    t500: NDArray
+    t200: NDArray
+    water: NDArray
+    surface: NDArray
+    air: NDArray
+    rain: NDArray
+
+
 def generate(config: SyntheticConfig, index: int) -> SyntheticSnapshot:
     """Snapshot `index` of the archive; the same for the same config, whatever else was generated."""
     rng = np.random.default_rng([config.seed, index])
@@ -127,46 +145,54 @@ def draw_weather(rng: np.random.Generator, planet: Planet, state: MeanState, ind
         place = _tropical_place(rng, planet, equator, [*cyclones, *depressions], None)
         if place is not None:
             depressions.append(_depression(rng, *place))
-    filaments = [_filament(rng, hemisphere, True, cyclones) for hemisphere in (-1, 1) for _ in range(2 + int(rng.poisson(1.5)))]
+    filaments = [_filament(rng, hemisphere, True) for hemisphere in (-1, 1) for _ in range(2 + int(rng.poisson(1.5)))]
     lows = [_low_of_river(rng, f) for f in filaments]
-    filaments += [_filament(rng, int(rng.choice([-1, 1])), False, cyclones) for _ in range(int(rng.poisson(5.0)))]
+    filaments += [_filament(rng, int(rng.choice([-1, 1])), False) for _ in range(int(rng.poisson(5.0)))]
     lows += [_low(rng, hemisphere) for hemisphere in (-1, 1) for _ in range(2 + int(rng.poisson(3.0)))]
     heat = [_heat_low(rng, planet, equator) for _ in range(int(rng.poisson(4.0)))]
     return Weather(tuple(cyclones), tuple(depressions), tuple(lows), tuple(h for h in heat if h), tuple(filaments))
 
 
 def _tropical_place(rng, planet: Planet, equator: float, others, seam: float | None) -> tuple[float, float] | None:
-    """A point over the sea where cyclones live, 1200 km from the others; None when eight tries found none."""
+    """A point over the sea where cyclones live, 750 km from the others; None when eight tries found none.
+
+    One in four stands within 1600 km of another: storms come in pairs along a monsoon trough.
+    """
     for _ in range(8):
-        summer = rng.random() < 0.5 + 0.04 * abs(equator) * 1.0
+        summer = rng.random() < 0.5 + 0.04 * abs(equator)
         side = np.sign(equator or 1.0) if summer else -np.sign(equator or 1.0)
         lat = float(side * (8.0 + 22.0 * rng.beta(1.6, 2.2) + (10.0 * rng.random() if rng.random() < 0.12 else 0.0)))
         lon = float((seam + rng.normal(0.0, 1.5)) % 360.0 if seam is not None else rng.uniform(0.0, 360.0))
+        if others and seam is None and rng.random() < 0.25:
+            lat = float(others[-1].lat + rng.normal(0.0, 2.0))
+            lon = float((others[-1].lon + rng.choice([-1, 1]) * rng.uniform(7.5, 15.0)) % 360.0)
         row, column = planet.grid.nearest(lat, lon)
         dry = planet.land[row, column] > 0.5 and rng.random() > 0.1 and seam is None
-        if not dry and all(great_circle_km(lat, lon, o.lat, o.lon) > 1200.0 for o in others):
+        if not dry and all(great_circle_km(lat, lon, o.lat, o.lon) > 750.0 for o in others):
             return lat, lon
     return None
 
 
 def _cyclone(rng, lat: float, lon: float) -> Vortex:
-    wind = float(np.clip(17.0 + rng.gamma(2.2, 9.0), 19.0, 75.0))
+    """Strong storms are small (Knaff et al. 2015), which also keeps the deepest above the 870 hPa of the record."""
+    wind = float(np.clip(17.0 + rng.gamma(2.0, 7.0), 18.5, 62.0))
+    size = 1.0 - 0.4 * (wind - 18.5) / 43.5
     return Vortex(
-        lat, lon, wind, core_km=rng.uniform(50.0, 170.0) * (1.0 + 0.01 * (abs(lat) - 15.0)), decay=rng.uniform(0.42, 0.7),
-        outer_km=rng.uniform(700.0, 1400.0), warmth=rng.uniform(0.75, 1.35), upper_share=rng.uniform(0.25, 0.6),
+        lat, lon, wind, core_km=size * rng.uniform(55.0, 170.0) * (1.0 + 0.01 * (abs(lat) - 15.0)), decay=rng.uniform(0.3, 0.6),
+        outer_km=rng.uniform(700.0, 1300.0), warmth=rng.uniform(0.75, 1.35), upper_share=rng.uniform(0.25, 0.6),
         moisture_kg_m2=rng.uniform(60.0, 76.0), moist_radius_km=rng.uniform(220.0, 520.0), inflow_deg=rng.uniform(10.0, 28.0),
     )  # fmt: skip
 
 
 def _depression(rng, lat: float, lon: float) -> Vortex:
     return Vortex(
-        lat, lon, rng.uniform(5.5, 12.5), core_km=rng.uniform(120.0, 350.0), decay=rng.uniform(0.4, 0.8),
+        lat, lon, rng.uniform(5.5, 12.5), core_km=rng.uniform(120.0, 350.0), decay=rng.uniform(0.3, 0.7),
         outer_km=rng.uniform(600.0, 1200.0), warmth=rng.uniform(0.0, 0.9), upper_share=rng.uniform(0.2, 0.6),
         moisture_kg_m2=rng.uniform(50.0, 66.0), moist_radius_km=rng.uniform(200.0, 600.0), inflow_deg=rng.uniform(10.0, 28.0),
     )  # fmt: skip
 
 
-def _filament(rng, hemisphere: int, river: bool, cyclones) -> Filament:
+def _filament(rng, hemisphere: int, river: bool) -> Filament:
     start = hemisphere * (rng.uniform(18.0, 36.0) if river else rng.uniform(5.0, 60.0))
     bearing = rng.normal(55.0, 16.0) if river else rng.uniform(-20.0, 200.0)
     turn = rng.normal(0.0, 30.0)
@@ -192,7 +218,10 @@ def _low_of_river(rng, filament: Filament) -> Low:
     lat = filament.lat[k] + np.sign(filament.lat[k]) * rng.uniform(2.0, 7.0)
     lat = float(np.clip(lat, -75.0, 75.0))
     lon = (filament.lon[k] - rng.uniform(5.0, 12.0) / max(np.cos(np.deg2rad(lat)), 0.3)) % 360.0
-    return Low(lat, lon, 100.0 * rng.uniform(8.0, 35.0), rng.uniform(400.0, 900.0), rng.uniform(2.0, 7.0), rng.uniform(-600.0, -100.0))
+    return Low(
+        lat, lon, depth_pa=100.0 * rng.uniform(8.0, 35.0), radius_km=rng.uniform(400.0, 900.0), cold_k=rng.uniform(2.0, 7.0),
+        tilt_km=rng.uniform(-600.0, -100.0),
+    )  # fmt: skip
 
 
 def _heat_low(rng, planet: Planet, equator: float) -> Low | None:
@@ -221,7 +250,8 @@ def paint(rng: np.random.Generator, planet: Planet, state: MeanState, weather: W
     for vortex in (*weather.cyclones, *weather.depressions):
         psl, u850, v850, ubot, vbot, t500, t200 = _add_vortex(vortex, planet, psl, u850, v850, ubot, vbot, t500, t200)
     air = surface - planet.land * 1.0 + 0.6 * smooth_noise(rng, points, 1500.0)
-    fields = _assemble(rng, points, planet, state, psl, u850, v850, ubot, vbot, t500, t200, water, surface, air, weather, profiles)
+    drawn = Drawn(psl, u850, v850, ubot, vbot, t500, t200, water, surface, air, _rain(rng, points, planet, water, weather, profiles))
+    fields = _assemble(rng, points, planet, state, drawn)
     ivt = fields[channels.INDEX["TMQ"]] * np.hypot(fields[channels.INDEX["U850"]], fields[channels.INDEX["V850"]])
     return fields, [np.where(cross > 0.5, ivt, 0.0) for cross, _, _ in profiles]
 
@@ -231,7 +261,8 @@ def _pressure_waves(rng, planet: Planet, points: NDArray, weather: Weather) -> N
     grid = planet.grid
     strength = 100.0 * spread(np.array([0.9, 1.5, 3.8, 7.0, 8.5, 7.5, 6.0]), grid) * planet.storm_track_factor
     waves = strength * smooth_noise(rng, points, 6500.0, 160, 1.8)
-    waves = waves + 0.25 * strength * smooth_noise(rng, points, 1800.0, 160, 1.5) + rng.uniform(15.0, 60.0) * smooth_noise(rng, points, 1000.0)
+    waves = waves + 0.25 * strength * smooth_noise(rng, points, 1800.0, 160, 1.5)
+    waves = waves + rng.uniform(15.0, 60.0) * smooth_noise(rng, points, 1000.0)
     rough = planet.height_m / 1500.0 * 100.0  # reduction to sea level over mountains invents pressure
     waves = waves + rough * smooth_noise(rng, points, 1600.0) * 1.2
     for low in (*weather.lows, *weather.heat_lows):
@@ -323,39 +354,53 @@ def _add_vortex(vortex: Vortex, planet: Planet, psl, u850, v850, ubot, vbot, t50
     share = vortex.upper_share
     t500 = t500 + column_k * (1.0 - share) / _LEVEL_WEIGHTS[1]
     t200 = t200 + column_k * share / _LEVEL_WEIGHTS[2]
-    return (psl - deficit, u850 * keep + u, v850 * keep + v, ubot * keep + friction * u_low, vbot * keep + friction * v_low, t500, t200)
+    ubot, vbot = ubot * keep + friction * u_low, vbot * keep + friction * v_low
+    return psl - deficit, u850 * keep + u, v850 * keep + v, ubot, vbot, t500, t200
 
 
-def _assemble(rng, points, planet, state, psl, u850, v850, ubot, vbot, t500, t200, water, surface, air, weather, profiles) -> NDArray:
-    """The 16 channels, with what follows from the others: PS, humidity at 2 m, rain, heights, below-ground values."""
-    grid = planet.grid
-    ps = surface_pressure_pa(psl, air, planet.height_m)
+def _assemble(rng, points: NDArray, planet: Planet, state: MeanState, drawn: Drawn) -> NDArray[np.float32]:
+    """The 16 channels, with what follows from the others: PS, humidity at 2 m, heights, below-ground values."""
+    grid, air = planet.grid, drawn.air
+    ps = surface_pressure_pa(drawn.psl, air, planet.height_m)
     zbot = channels.ZBOT_M_PER_K * air
-    z1000 = (psl - 100000.0) * GAS_CONSTANT_DRY * air / (GRAVITY_M_S2 * 100000.0)
-    layer_k = _LEVEL_WEIGHTS[0] * (air + 0.9 * 6.5e-3 * planet.height_m) + _LEVEL_WEIGHTS[1] * t500 + _LEVEL_WEIGHTS[2] * t200
+    z1000 = (drawn.psl - 100000.0) * GAS_CONSTANT_DRY * air / (GRAVITY_M_S2 * 100000.0)
+    sea_level_k = air + 0.9 * LAPSE_K_M * planet.height_m
+    layer_k = sum(w * t for w, t in zip(_LEVEL_WEIGHTS, (sea_level_k, drawn.t500, drawn.t200), strict=True))
     z200 = z1000 + GAS_CONSTANT_DRY / GRAVITY_M_S2 * np.log(5.0) * layer_k
     lowest = 0.9925 * ps  # pressure of CAM5's lowest level
-    u850, v850 = np.where(lowest < 85000.0, ubot, u850), np.where(lowest < 85000.0, vbot, v850)
-    z1000 = np.where(lowest < 100000.0, planet.height_m + zbot, z1000)
-    dryness = np.clip(water / np.maximum(state.water_kg_m2, 1.0), 0.3, 1.5)
-    relative = np.clip((0.80 - 0.25 * planet.land) * dryness**0.25 + 0.04 * smooth_noise(rng, points, 2000.0), 0.1, 0.99)
-    humidity = relative * saturation_humidity(np.minimum(air, 303.5), ps)
-    rain = _rain(rng, points, planet, state, water, weather, profiles)
-    named = dict(
-        TMQ=water, U850=u850, V850=v850, UBOT=ubot, VBOT=vbot, QREFHT=humidity, PS=ps, PSL=psl, T200=t200, T500=t500,
-        PRECT=rain, TS=surface, TREFHT=air, Z1000=z1000, Z200=z200, ZBOT=zbot,
-    )  # fmt: skip
+    below_850, below_1000 = lowest < 85000.0, lowest < 100000.0
+    dryness = np.clip(drawn.water / np.maximum(state.water_kg_m2, 1.0), 0.3, 1.5)
+    relative = (0.80 - 0.25 * planet.land) * dryness**0.25 + 0.04 * smooth_noise(rng, points, 2000.0)
+    named = {
+        "TMQ": drawn.water,
+        "U850": np.where(below_850, drawn.ubot, drawn.u850),
+        "V850": np.where(below_850, drawn.vbot, drawn.v850),
+        "UBOT": drawn.ubot,
+        "VBOT": drawn.vbot,
+        "QREFHT": np.clip(relative, 0.1, 0.99) * saturation_humidity(np.minimum(air, 303.5), ps),
+        "PS": ps,
+        "PSL": drawn.psl,
+        "T200": drawn.t200,
+        "T500": drawn.t500,
+        "PRECT": drawn.rain,
+        "TS": drawn.surface,
+        "TREFHT": air,
+        "Z1000": np.where(below_1000, planet.height_m + zbot, z1000),
+        "Z200": z200,
+        "ZBOT": zbot,
+    }
     return np.stack([np.broadcast_to(named[name], grid.shape) for name in channels.NAMES]).astype(np.float32)
 
 
-def _rain(rng, points, planet: Planet, state: MeanState, water, weather: Weather, profiles) -> NDArray:
+def _rain(rng, points, planet: Planet, water, weather: Weather, profiles) -> NDArray:
     """Precipitation (m/s): showers where the column is moist (heavy-tailed), fronts of lows and filaments, storm cores."""
     grid = planet.grid
     moist = np.clip(water / 50.0, 0.0, 1.5) ** 2
     showers = np.maximum(0.0, smooth_noise(rng, points, 900.0, 160, 1.0) + 0.35 * smooth_noise(rng, points, 4000.0) - 0.5)
     rain = 2.4e-7 * moist * showers**2 * rng.gamma(1.0, 1.0, grid.shape)
     for low in weather.lows:
-        rain = rain + 1.2e-10 / 10.0 * low.depth_pa * low.shape(grid, 0.5 * low.radius_km) * np.clip(0.5 + smooth_noise(rng, points, 1500.0, 32), 0, 2)
+        patches = np.clip(0.5 + smooth_noise(rng, points, 1500.0, 32), 0.0, 2.0)
+        rain = rain + 1.2e-11 * low.depth_pa * low.shape(grid, 0.5 * low.radius_km) * patches
     for filament, (cross, _, _) in zip(weather.filaments, profiles, strict=True):
         rain = rain + 5e-8 * cross**2 * (filament.jet_m_s / 15.0) * rng.gamma(1.0, 1.0, grid.shape)
     for vortex in (*weather.cyclones, *weather.depressions):

@@ -1,0 +1,247 @@
+"""Masks as CF netCDF files: one class per cell and time, in the orientation and calendar of the file they belong to."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import cftime
+import netCDF4
+import numpy as np
+from numpy.typing import NDArray
+
+from raysegment.archive import times as calendar_times
+from raysegment.archive.axes import Axes
+from raysegment.archive.deepcam import DeepcamFile, is_deepcam
+from raysegment.archive.files import committed
+from raysegment.archive.netcdf import LABELS, NetcdfFile
+from raysegment.archive.snapshots import checked_mask
+from raysegment.climate.channels import CLASSES, CYCLONE, RIVER
+from raysegment.climate.checks import BadInput
+from raysegment.climate.grid import Grid
+
+MASK_SUFFIX, ARTMIP_SUFFIX = ".mask.nc", ".artmip.nc"
+TAGS = {"ar_binary_tag": RIVER, "tc_binary_tag": CYCLONE}  # ARTMIP's and TempestExtremes' own masks, read as one class
+PROBABILITY = "PROB_{}"  # one float variable per class
+EPOCH = "days since 1900-01-01 00:00:00"  # TECA wants days
+UNKNOWN_EPOCH, UNKNOWN_CALENDAR = "days since 0001-01-01 00:00:00", "noleap"
+_REFERENCES = "Kurth et al. 2018, Exascale Deep Learning for Climate Analytics, doi:10.1109/SC.2018.00054"
+
+
+@dataclass(frozen=True, eq=False)
+class Masks:
+    """`masks (T, H, W)` uint8 on the canonical grid, with `times` (None where unknown) and who made them."""
+
+    masks: NDArray[np.uint8]
+    axes: Axes
+    times: tuple[cftime.datetime | None, ...]
+    time_labels: tuple[str, ...]
+    labeller: str
+    source: Path
+
+    def __post_init__(self) -> None:
+        shape = (len(self.times), *self.axes.grid.shape)
+        assert self.masks.shape == shape, (self.masks.shape, shape)
+
+    @property
+    def grid(self) -> Grid:
+        return self.axes.grid
+
+    def check_fits(self, grid: Grid, count: int) -> None:
+        """Raise unless there is one mask for each of `count` snapshots on `grid`."""
+        if not self.grid.same_as(grid) or len(self.times) != count:
+            expected = f"{count} mask(s) on {_spoken(grid)}"
+            got = f"{len(self.times)} on {_spoken(self.grid)}"
+            raise BadInput(self.source, expected, got, "Use the masks made for these fields")
+
+
+def _spoken(grid: Grid) -> str:
+    return f"{grid.shape[0]} x {grid.shape[1]} cells from {grid.lat[0]:g}N {grid.lon[0]:g}E"
+
+
+def mask_path(out_dir: str | Path, source: str | Path) -> Path:
+    """Where the masks of a source file lie: the same name with `.mask.nc`."""
+    return Path(out_dir) / (Path(source).stem + MASK_SUFFIX)
+
+
+def artmip_path(path: str | Path) -> Path:
+    """Where the ARTMIP file beside a mask file lies: the same name with `.artmip.nc`."""
+    name = Path(path).name
+    stem = name.removesuffix(MASK_SUFFIX) if name.endswith(MASK_SUFFIX) else Path(path).stem
+    return Path(path).with_name(stem + ARTMIP_SUFFIX)
+
+
+def list_masks(folder: str | Path) -> list[Path]:
+    """The mask files in a folder and below, sorted; BadInput when there are none."""
+    found = sorted(path for path in Path(folder).rglob("*" + MASK_SUFFIX) if not path.name.startswith("."))
+    if not found:
+        raise BadInput(folder, f"mask files (*{MASK_SUFFIX})", "none", "Make some with `raysegment segment`")
+    return found
+
+
+def write_masks(
+    path: str | Path,
+    masks: NDArray[np.uint8],
+    axes: Axes,
+    times: Sequence[cftime.datetime | None],
+    labeller: str,
+    title: str = "Extreme weather masks",
+    source: str = "",
+    institution: str = "not stated",
+    references: str = _REFERENCES,
+    probabilities: NDArray | None = None,
+    artmip: bool = False,
+) -> list[Path]:
+    """Masks (T, H, W) on the canonical grid → CF-1.8 file in the orientation of `axes`; returns the files written.
+
+    `probabilities (T, 3, H, W)` add one variable per class. `artmip` also writes the file beside it that ARTMIP and
+    TempestExtremes read: `ar_binary_tag(time, lat, lon)` and the axes, nothing else. The same input gives the same
+    bytes: no date is written. Where a time is unknown, the time axis counts snapshots and its comment says so.
+    """
+    path = Path(path)
+    masks = checked_mask(path, np.asarray(masks), axes.grid.shape)
+    assert masks.shape[:-2] == (len(times),), (masks.shape, len(times))
+    about = {
+        "title": title,
+        "institution": institution,
+        "source": source or labeller,
+        "history": f"raysegment: labelled by {labeller}",
+        "references": references,
+        "labeller": labeller,
+    }
+    written = []
+    if artmip:
+        written.append(_write_artmip(artmip_path(path), axes.from_canonical(masks), axes, times, about))
+    with committed(path) as temporary, netCDF4.Dataset(str(temporary), "w", format="NETCDF4_CLASSIC") as data:
+        _write_header(data, axes, times, about)
+        _write_labels(data, axes.from_canonical(masks), probabilities is not None)
+        if probabilities is not None:
+            _write_probabilities(data, axes.from_canonical(probabilities))
+    return [*written, path]
+
+
+def _write_header(data: netCDF4.Dataset, axes: Axes, times: Sequence[cftime.datetime | None], about: dict[str, str]) -> None:
+    """Global attributes, dimensions and coordinate variables."""
+    data.setncatts({"Conventions": "CF-1.8", **{key: text for key, text in about.items() if text}})
+    data.createDimension("time", len(times))
+    _write_time(data, times)
+    for name, long_name, axis, unit, values in (
+        ("lat", "latitude", "Y", "degrees_north", axes.lat),
+        ("lon", "longitude", "X", "degrees_east", axes.lon),
+    ):
+        data.createDimension(name, values.size)
+        variable = data.createVariable(name, "f8", (name,), fill_value=False)
+        variable.setncatts({"standard_name": long_name, "long_name": long_name, "units": unit, "axis": axis})
+        variable[:] = values
+
+
+def _write_time(data: netCDF4.Dataset, times: Sequence[cftime.datetime | None]) -> None:
+    variable = data.createVariable("time", "f8", ("time",), fill_value=False)
+    variable.setncatts({"standard_name": "time", "long_name": "time", "axis": "T"})
+    known = [time for time in times if time is not None]
+    if len(known) == len(times):
+        variable.setncatts({"units": EPOCH, "calendar": known[0].calendar})
+        variable[:] = cftime.date2num(known, EPOCH, known[0].calendar)
+        return
+    comment = f"{calendar_times.UNKNOWN}: the numbers count snapshots of the source, they are not dates"
+    variable.setncatts({"units": UNKNOWN_EPOCH, "calendar": UNKNOWN_CALENDAR, "comment": comment})
+    variable[:] = np.arange(len(times))
+
+
+def _write_labels(data: netCDF4.Dataset, masks: NDArray[np.uint8], probabilities: bool) -> None:
+    """LABELS without `_FillValue`: every cell has a class, and readers keep the integer type."""
+    variable = data.createVariable(LABELS, "i1", ("time", "lat", "lon"), fill_value=False, **_packing(masks.shape))
+    variable.setncatts({
+        "long_name": "extreme weather class",
+        "flag_values": np.arange(len(CLASSES), dtype=np.int8),
+        "flag_meanings": " ".join(CLASSES),
+        "valid_range": np.array([0, len(CLASSES) - 1], np.int8),
+        "cell_methods": "time: point",
+    })  # fmt: skip
+    if probabilities:
+        variable.setncatts({"ancillary_variables": " ".join(PROBABILITY.format(name) for name in CLASSES)})
+    variable[:] = masks.astype(np.int8)
+
+
+def _write_probabilities(data: netCDF4.Dataset, probabilities: NDArray) -> None:
+    assert probabilities.shape[1] == len(CLASSES), probabilities.shape
+    for number, name in enumerate(CLASSES):
+        shape = (probabilities.shape[0], *probabilities.shape[2:])
+        dims = ("time", "lat", "lon")
+        variable = data.createVariable(PROBABILITY.format(name), "f4", dims, fill_value=False, **_packing(shape))
+        variable.setncatts({"long_name": f"probability of {name.replace('_', ' ')}", "units": "1", "cell_methods": "time: point"})
+        variable[:] = probabilities[:, number]
+
+
+def _packing(shape: tuple[int, ...]) -> dict:
+    """Compressed, one chunk per map."""
+    return {"zlib": True, "complevel": 1, "shuffle": True, "chunksizes": (1, *shape[1:])}
+
+
+def _write_artmip(path: Path, masks: NDArray[np.uint8], axes: Axes, times: Sequence, about: dict[str, str]) -> Path:
+    """The file of ARTMIP's catalogues: four variables, the detector named by `scheme` and `version`."""
+    with committed(path) as temporary, netCDF4.Dataset(str(temporary), "w", format="NETCDF4_CLASSIC") as data:
+        _write_header(data, axes, times, about)
+        variable = data.createVariable("ar_binary_tag", "i1", ("time", "lat", "lon"), fill_value=False, **_packing(masks.shape))
+        variable.setncatts({
+            "long_name": "atmospheric river",
+            "flag_values": np.array([0, 1], np.int8),
+            "flag_meanings": "absent present",
+            "cell_methods": "time: point",
+            "scheme": about["labeller"],
+            "version": "1.0",
+        })  # fmt: skip
+        variable[:] = (masks == RIVER).astype(np.int8)
+    return path
+
+
+def read_masks(path: str | Path, label_map: int = 0) -> Masks:
+    """The masks of a mask file, of a ClimateNet or DeepCAM source that holds labels, or of an ARTMIP tag file."""
+    path = Path(path)
+    with DeepcamFile(path) if is_deepcam(path) else NetcdfFile(path) as file:
+        if isinstance(file, DeepcamFile):
+            name, labels = "labels", [file.labels(0, _map_of(path, file.label_maps(), label_map))] if file.label_maps() else None
+            labeller = f"{path.name}: labels_{label_map}"
+        else:
+            name, labels = _read_netcdf(file, label_map)
+            labeller = file.attribute("labeller") or f"{path.name}: {name}"
+        if labels is None:
+            remedy = "Make masks with `raysegment segment`, or name a file that holds them"
+            raise BadInput(path, f"labels ({LABELS}, climate/labels_0 or {', '.join(TAGS)})", "none", remedy)
+        masks = np.stack([checked_mask(path, plane, file.axes.grid.shape) for plane in labels])
+        return Masks(masks, file.axes, tuple(file.times), tuple(file.time_labels), labeller, path)
+
+
+def read_probabilities(path: str | Path) -> NDArray[np.float32] | None:
+    """Probabilities (T, 3, H, W) of a mask file, canonical; None when it has none."""
+    names = [PROBABILITY.format(name) for name in CLASSES]
+    with NetcdfFile(path) as file:
+        if not set(names) <= set(file.variables()):
+            return None
+        return np.array([[file.read(name, index) for name in names] for index in range(file.count)], np.float32)
+
+
+def _read_netcdf(file: NetcdfFile, label_map: int) -> tuple[str, list[NDArray] | None]:
+    """The variable and one plane per time; a tag file's ones become their class."""
+    if maps := file.label_maps():
+        return LABELS, [file.labels(index, _map_of(file.path, maps, label_map)) for index in range(file.count)]
+    for name, number in TAGS.items():
+        if file.label_maps(name):
+            return name, [number * _tag(file, name, index) for index in range(file.count)]
+    return "", None
+
+
+def _tag(file: NetcdfFile, name: str, index: int) -> NDArray[np.uint8]:
+    """A binary tag as 0 and 1, raised when it holds anything else."""
+    plane = file.labels(index, 0, name)
+    if not np.isin(plane, (0, 1)).all():
+        got = f"{np.nanmin(plane):g} to {np.nanmax(plane):g}"
+        raise BadInput(file.path, f"{name} of 0 or 1 in every cell", got, "Recode the tag")
+    return plane.astype(np.uint8)
+
+
+def _map_of(path: Path, have: int, label_map: int) -> int:
+    if label_map >= have:
+        raise BadInput(path, f"a label map below {have}", f"label map {label_map}", "Choose another label map")
+    return label_map

@@ -1,0 +1,316 @@
+"""A snapshot: the 16 fields of one time (and its mask), whatever the file it came from looked like."""
+
+from __future__ import annotations
+
+import glob
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import cftime
+import netCDF4
+import numpy as np
+from numpy.typing import NDArray
+
+from raysegment.archive import ground, times
+from raysegment.archive.aliases import DEWPOINT, Plan, Recipe, find, plan
+from raysegment.archive.axes import Axes
+from raysegment.archive.deepcam import DeepcamFile, is_deepcam
+from raysegment.archive.files import committed
+from raysegment.archive.netcdf import LABELS, NetcdfFile
+from raysegment.climate.channels import CHANNELS, CLASSES, GRAVITY_M_S2, INDEX, NAMES, Alias, Channel
+from raysegment.climate.checks import BadInput
+from raysegment.climate.grid import Grid
+
+LAYOUTS = ("climatenet", "cam", "deepcam", "cf")
+SUFFIXES = (".nc", ".nc4", ".cdf", ".netcdf", ".h5", ".hdf5")
+_NOT_SOURCES = (".mask.nc", ".artmip.nc")  # what this project writes beside sources
+_NOT_SAMPLES = ("stats.h5",)  # DeepCAM keeps its statistics in the same folder
+_PER_GRAVITY = 1.0 / GRAVITY_M_S2
+OROGRAPHY = Channel("PHIS_M", "m", "height of the surface", -600.0, 9000.0, 0.0, 1000.0, (
+    Alias("PHIS", "CAM", "m2 s-2", factor=_PER_GRAVITY), Alias("orog", "CMIP6", "m"), Alias("orography", "GFS", "m"),
+    Alias("HGT", "GFS", "m"), Alias("HGT_surface", "GFS", "m"), Alias("hgtsfc", "GFS", "m"),
+    Alias("z", "ERA5", "m2 s-2", factor=_PER_GRAVITY)))  # fmt: skip
+
+
+@dataclass(frozen=True, eq=False)
+class Snapshot:
+    """`fields (16, H, W)` float32 in SI units and `mask (H, W)` uint8 (None without labels) on the canonical grid.
+
+    `axes` are those of the file, `time` is None where the file does not say (then `time_label` shows what it says
+    instead), `index` is the place in the file `source`.
+    """
+
+    fields: NDArray[np.float32]
+    mask: NDArray[np.uint8] | None
+    axes: Axes
+    time: cftime.datetime | None
+    time_label: str
+    source: Path
+    index: int
+
+    def __post_init__(self) -> None:
+        shape = self.axes.grid.shape
+        assert self.fields.shape == (len(NAMES), *shape), (self.fields.shape, shape)
+        assert self.mask is None or self.mask.shape == shape, (self.mask.shape, shape)
+
+    @property
+    def grid(self) -> Grid:
+        return self.axes.grid
+
+
+def list_sources(paths: Sequence[str | Path]) -> list[Path]:
+    """The archive files that `paths` (files, folders searched through, glob patterns) name, sorted, each once."""
+    found: set[Path] = set()
+    for path in [paths] if isinstance(paths, str | Path) else paths:
+        files = _named(Path(path))
+        if not files:
+            remedy = "Check the path; in a folder, files ending in " + ", ".join(SUFFIXES) + " are taken"
+            raise BadInput(path, "archive files", "none", remedy)
+        found.update(files)
+    return sorted(found)
+
+
+def _named(path: Path) -> list[Path]:
+    if path.is_dir():
+        return [file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES and file.is_file() and _is_source(file, path)]
+    if path.exists():
+        return [path]
+    return [file for match in glob.glob(str(path), recursive=True) for file in _named(Path(match))]
+
+
+def _is_source(file: Path, folder: Path) -> bool:
+    hidden = any(part.startswith(".") for part in file.relative_to(folder).parts)
+    return not hidden and not file.name.endswith(_NOT_SOURCES) and file.name not in _NOT_SAMPLES
+
+
+class Source:
+    """An archive file open for reading, one snapshot at a time; a context manager.
+
+    `layout` is one of LAYOUTS; `times` holds None where unknown. It travels between processes as its path: the other
+    side opens the file anew.
+    """
+
+    def __init__(self, path: str | Path, below_ground: bool = True, label_map: int = 0):
+        self.path, self.below_ground, self.label_map = Path(path), below_ground, label_map
+        self._file = DeepcamFile(path) if is_deepcam(path) else NetcdfFile(path)
+        try:
+            self._plan = None if isinstance(self._file, DeepcamFile) else plan(self.path, self._file.variables())
+            self._label_maps = self._file.label_maps()
+            self._check_label_map()
+            self.layout = self._layout()
+        except BaseException:
+            self.close()
+            raise
+
+    def __reduce__(self):
+        return Source, (self.path, self.below_ground, self.label_map)
+
+    def __enter__(self) -> Source:
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self._file.close()
+
+    @property
+    def axes(self) -> Axes:
+        return self._file.axes
+
+    @property
+    def times(self) -> tuple[cftime.datetime | None, ...]:
+        return self._file.times
+
+    @property
+    def time_labels(self) -> tuple[str, ...]:
+        return self._file.time_labels
+
+    @property
+    def count(self) -> int:
+        """Snapshots in the file."""
+        return self._file.count
+
+    @property
+    def has_mask(self) -> bool:
+        return self._label_maps > 0
+
+    def __len__(self) -> int:
+        return self.count
+
+    def read(self, index: int) -> Snapshot:
+        """Snapshot `index`, every field checked (finite, within the channel's plausible range)."""
+        if not 0 <= index < self.count:
+            raise IndexError(f"{self.path}: snapshot {index} of {self.count}")
+        fields, when = self._fields(index), self.time_labels[index]
+        if self.below_ground and self.layout == "cf" and not ground.follows_below_ground(fields):
+            check_fields(self.path, fields, when, leave_out=ground.BURIED)  # CMIP6 has no value there below ground
+            fields = ground.apply_below_ground(fields, self._orography_m(index, fields))
+        check_fields(self.path, fields, when)
+        mask = self.read_mask(index) if self.has_mask else None
+        return Snapshot(fields, mask, self.axes, self.times[index], self.time_labels[index], self.path, index)
+
+    def read_mask(self, index: int) -> NDArray[np.uint8]:
+        """Mask (H, W) of snapshot `index`, canonical, checked; without reading the fields."""
+        return checked_mask(self.path, self._file.labels(index, self.label_map))
+
+    def describe(self) -> Mapping[str, str]:
+        """Where each channel comes from: the variable's name, with its level and conversion, or the rule."""
+        if self._plan is None:
+            return {name: f"climate/data[{index}]" for index, name in enumerate(NAMES)}
+        recipes = self._plan.recipes
+        rules = {"ZBOT": f"{ground.ZBOT_M_PER_K} m/K x TREFHT", "QREFHT": "dew point and surface pressure"}
+        return {name: _spoken(recipes[name]) if name in recipes else rules[name] for name in NAMES}
+
+    def _check_label_map(self) -> None:
+        if self.label_map and self.label_map >= self._label_maps:
+            got = f"label map {self.label_map}"
+            raise BadInput(self.path, f"a label map below {self._label_maps}", got, "Choose another label map")
+
+    def _layout(self) -> str:
+        if self._plan is None:
+            return "deepcam"
+        assert isinstance(self._file, NetcdfFile)
+        own_names = all(recipe.group == "CAM" for recipe in self._plan.recipes.values())
+        if own_names and (self._file.string_time or self.has_mask):
+            return "climatenet"
+        return "cam" if own_names and self._file.made_by_cam() else "cf"
+
+    def _fields(self, index: int) -> NDArray[np.float32]:
+        if self._plan is None:
+            assert isinstance(self._file, DeepcamFile)
+            return self._file.fields(index)
+        fields = np.empty((len(NAMES), *self.axes.grid.shape), np.float32)
+        for name, recipe in self._plan.recipes.items():
+            fields[INDEX[name]] = self._cook(recipe, index)
+        self._derive(self._plan, fields, index)
+        return fields
+
+    def _derive(self, how: Plan, fields: NDArray[np.float32], index: int) -> None:
+        """Fill in the channels that the file does not hold."""
+        if how.dewpoint is not None:
+            dewpoint_k = self._cook(how.dewpoint, index)
+            _check_range(self.path, dewpoint_k, DEWPOINT, self.time_labels[index])
+            fields[INDEX["QREFHT"]] = ground.specific_humidity(dewpoint_k, fields[INDEX["PS"]].astype(np.float64))
+        if how.zbot:
+            fields[INDEX["ZBOT"]] = ground.bottom_height_m(fields[INDEX["TREFHT"]])
+
+    def _cook(self, recipe: Recipe, index: int) -> NDArray:
+        assert isinstance(self._file, NetcdfFile)
+        raw = self._file.read(recipe.variable, index, recipe.level)
+        if recipe.factor == 1.0 and recipe.offset == 0.0:
+            return raw
+        return raw.astype(np.float64) * recipe.factor + recipe.offset
+
+    def _orography_m(self, index: int, fields: NDArray[np.float32]) -> NDArray:
+        """Height of the surface (H, W): the file's, hydrostatic from PS and PSL where it has none."""
+        assert isinstance(self._file, NetcdfFile)
+        estimate = ground.estimate_orography_m(fields)
+        recipe = find(self.path, OROGRAPHY, self._file.variables())
+        if recipe is None:
+            return estimate
+        height_m = self._cook(recipe, index)
+        height_m = np.where(np.isnan(height_m), estimate, height_m)  # some archives leave out the sea
+        _check_range(self.path, height_m, OROGRAPHY, self.time_labels[index])
+        return height_m
+
+
+def open_source(path: str | Path, below_ground: bool = True, label_map: int = 0) -> Source:
+    """The archive file at `path`, of any layout, its channels found, its axes and times checked; BadInput otherwise.
+
+    `below_ground` applies `ground.apply_below_ground` to archives that extrapolate pressure levels below the ground
+    (layout "cf"; CAM-made files follow the rule already). `label_map` chooses among several label maps per time
+    (several people, or DeepCAM's `labels_0` and `labels_1`).
+    """
+    return Source(path, below_ground, label_map)
+
+
+def read_variables(path: str | Path, names: Sequence[str], index: int = 0) -> dict[str, NDArray[np.float64]]:
+    """Maps (H, W) of any variables of a netCDF file by their own names, canonical, in the file's units, NaN where empty.
+
+    For what is no channel (IVT, a land mask) and for files that hold only that.
+    """
+    with NetcdfFile(path) as file:
+        have = file.variables()
+        missing = [name for name in names if name not in have or not have[name].usable]
+        if missing:
+            usable = ", ".join(sorted(name for name, variable in have.items() if variable.usable))
+            expected = f"variables {', '.join(missing)} on its grid"
+            raise BadInput(path, expected, f"maps {usable or 'none'}", "Name one of those it has")
+        return {name: file.read(name, index).astype(np.float64) for name in names}
+
+
+def check_fields(path: str | Path, fields: NDArray, when: str, leave_out: Sequence[str] = ()) -> None:
+    """Raise unless every value of `fields (16, H, W)`, but for the channels to leave out, is finite and plausible."""
+    for channel, field in zip(CHANNELS, fields, strict=True):
+        if channel.name not in leave_out:
+            _check_range(path, field, channel, when)
+
+
+def _check_range(path: str | Path, field: NDArray, channel: Channel, when: str) -> None:
+    low, high = field.min(), field.max()  # NaN when any value is
+    if channel.minimum <= low and high <= channel.maximum:
+        return
+    bad = ~((field >= channel.minimum) & (field <= channel.maximum))
+    row, column = (int(i) for i in np.argwhere(bad)[0])
+    what = "a missing value (NaN)" if np.isnan(field[row, column]) else f"{field[row, column]:.6g}"
+    plausible = f"{channel.minimum:g} and {channel.maximum:g} {channel.unit}"
+    expected = f"{channel.name} ({channel.long_name}) between {plausible} everywhere"
+    got = f"{what} at row {row}, column {column} of {when} and {int(bad.sum()) - 1} more such cells of {bad.size}"
+    raise BadInput(path, expected, got, "Check the variable's unit and fill value, or leave this file out")
+
+
+def checked_mask(path: str | Path, labels: NDArray, grid_shape: tuple[int, int] | None = None) -> NDArray[np.uint8]:
+    """`labels (…, H, W)` of any number type as uint8, raised when a value is no class or the shape is another."""
+    if grid_shape is not None and labels.shape[-2:] != grid_shape:
+        raise BadInput(path, f"labels of shape {grid_shape}", labels.shape, "Use the mask that was made for these fields")
+    if labels.dtype.kind in "iu" and labels.min() >= 0 and labels.max() < len(CLASSES):
+        return labels.astype(np.uint8)
+    bad = ~np.isin(labels, range(len(CLASSES)))
+    if bad.any():
+        values = ", ".join(f"{value:g}" for value in np.unique(labels[bad])[:5])
+        classes = ", ".join(f"{number} {name}" for number, name in enumerate(CLASSES))
+        raise BadInput(path, f"labels {classes}", f"{values} in {int(bad.sum())} of {bad.size} cells", "Recode the labels")
+    return labels.astype(np.uint8)
+
+
+def _spoken(recipe: Recipe) -> str:
+    level = "" if recipe.level is None else f"[level {recipe.level}]"
+    scale = "" if recipe.factor == 1.0 else f" x {recipe.factor:.6g}"
+    return f"{recipe.variable}{level}{scale}" + (f" {recipe.offset:+g}" if recipe.offset else "")
+
+
+def write_climatenet(
+    path: str | Path, fields: NDArray, grid: Grid, mask: NDArray | None, time: cftime.datetime | None = None, compression: int = 0
+) -> None:
+    """One snapshot in ClimateNet's layout: 16 variables (time, lat, lon), string time, LABELS (lat, lon) int64.
+
+    The string is the ClimateNet name of the time; its exact value and calendar are attributes beside it. `compression`
+    is the deflate level of the fields (0: none, as in ClimateNet).
+    """
+    assert fields.shape == (len(NAMES), *grid.shape), (fields.shape, grid.shape)
+    with committed(path) as temporary, netCDF4.Dataset(str(temporary), "w", format="NETCDF4") as data:
+        _write_axes(data, grid, time, Path(path).name)
+        for channel, field in zip(CHANNELS, fields, strict=True):
+            options = {"zlib": True, "complevel": compression, "shuffle": True} if compression else {}
+            variable = data.createVariable(channel.name, "f4", ("time", "lat", "lon"), fill_value=False, **options)
+            variable.setncatts({"units": channel.unit, "long_name": channel.long_name})
+            variable[0] = field
+        if mask is not None:
+            labels = data.createVariable(LABELS, "i8", ("lat", "lon"), fill_value=False, zlib=True, complevel=1)
+            labels.setncatts({"long_name": ", ".join(f"{number} {name}" for number, name in enumerate(CLASSES))})
+            labels[:] = checked_mask(path, mask, grid.shape)
+
+
+def _write_axes(data: netCDF4.Dataset, grid: Grid, time: cftime.datetime | None, name: str) -> None:
+    for dimension, size in (("time", 1), ("lat", grid.shape[0]), ("lon", grid.shape[1])):
+        data.createDimension(dimension, size)
+    when = data.createVariable("time", str, ("time",))
+    when[0] = name if time is None else times.name_of_time(time)
+    if time is not None:
+        when.setncatts({"iso8601": time.isoformat(), "calendar": time.calendar})
+    for axis, values, unit in (("lat", grid.lat, "degrees_north"), ("lon", grid.lon, "degrees_east")):
+        variable = data.createVariable(axis, "f8", (axis,), fill_value=False)
+        variable.setncatts({"units": unit})
+        variable[:] = values
