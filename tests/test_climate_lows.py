@@ -5,6 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from raysegment.climate.channels import CYCLONE, INDEX, NAMES
+from raysegment.climate.events import find_events
 from raysegment.climate.grid import Grid
 from raysegment.climate.lows import prominent_lows, split_cells
 
@@ -32,7 +34,8 @@ def test_two_storms_in_one_region_are_two(middle: float) -> None:
     assert len(groups) == 2
     assert sorted(np.concatenate(groups)) == list(range(rows.size))
     centres = [GRID.lon[cols[g][psl[rows[g], cols[g]].argmin()]] for g in groups]
-    assert [abs((c - e + 180) % 360 - 180) <= 2.5 for c, e in zip(centres, (middle - 6.25, middle + 6.25), strict=True)] == [True, True]
+    for centre, storm in zip(centres, (middle - 6.25, middle + 6.25), strict=True):
+        assert abs((centre - storm + 180) % 360 - 180) <= 2.5
 
 
 def test_a_dent_of_less_than_the_prominence_is_no_storm() -> None:
@@ -50,3 +53,15 @@ def test_minima_closer_than_a_storm_is_wide_are_one() -> None:
     assert len(prominent_lows(psl, rows, cols, 144)) == 2
     assert len(split_cells(psl, GRID, rows, cols, apart_km=600.0)) == 1
     assert len(split_cells(psl, GRID, rows, cols, apart_km=400.0)) == 2
+
+
+def test_events_count_both_storms_of_a_merged_region_where_pressure_is_known() -> None:
+    fields = np.zeros((len(NAMES), *GRID.shape), np.float32)
+    fields[INDEX["PSL"]] = pressure((17.5, 242.5, 900.0), (17.5, 255.0, 1500.0))
+    mask = np.zeros(GRID.shape, np.uint8)
+    rows, cols = cells(17.5, 250.0 + np.arange(-10.0, 10.1, 2.5))
+    mask[rows, cols] = CYCLONE
+    assert len(find_events(mask, GRID)) == 1
+    events = find_events(mask, GRID, fields)
+    assert sorted(event.lon for event in events) == pytest.approx([242.5, 255.0], abs=1.0)
+    assert sum(event.cells for event in events) == rows.size

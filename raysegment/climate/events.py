@@ -1,6 +1,7 @@
 """Objects of a mask as a table: where each cyclone and river lies, how large and strong it is, and which were one storm.
 
 An object is a connected region of one class (8 neighbours), joined over Greenwich and the date line, never over a pole.
+A region of cyclone that holds several prominent pressure minima (`lows`) is as many storms, where fields are given.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from scipy.optimize import linear_sum_assignment
 from raysegment.climate.channels import CLASSES, CYCLONE, INDEX, RIVER
 from raysegment.climate.cyclones import refined_minimum
 from raysegment.climate.grid import Grid, great_circle_km
+from raysegment.climate.lows import split_cells
 from raysegment.climate.regions import Region, axis_km, cut_regions, label_regions, region_areas_km2
 from raysegment.climate.rivers import ivt_stand_in
 
@@ -72,12 +74,25 @@ def find_events(
     events = []
     for kind in (CYCLONE, RIVER):
         labels, count = label_regions(mask == kind, grid.periodic)
+        if kind == CYCLONE and measured is not None:
+            labels, count = split_storms(labels, count, measured.psl_pa, grid)
         areas = region_areas_km2(labels, count, grid)
         order = np.argsort(-areas, kind="stable")
         chosen = order[areas[order] >= min_area_km2] + 1
         for number, region in zip(chosen, cut_regions(labels, chosen), strict=True):
             events.append(_event(kind, region, float(areas[number - 1]), grid, measured, land))
     return events
+
+
+def split_storms(labels: NDArray[np.int32], count: int, psl_pa: NDArray, grid: Grid) -> tuple[NDArray[np.int32], int]:
+    """Labels (H, W) with every region that holds several prominent lows cut into one region per low, and their count."""
+    labels = labels.copy()
+    for number in range(1, count + 1):
+        rows, cols = np.nonzero(labels == number)
+        for group in split_cells(psl_pa, grid, rows, cols)[1:]:
+            count += 1
+            labels[rows[group], cols[group]] = count
+    return labels, count
 
 
 class _Strength:

@@ -1,0 +1,128 @@
+"""A labeller turns fields into a mask; a rule and a trained network are the same kind of thing.
+
+`parse_labeller("rules:default")` or `parse_labeller("runs/x")` (a checkpoint, or a run's newest) gives one; it holds no
+open file and no thread, so it travels to the processes that use it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from raysegment.climate import channels
+from raysegment.climate.checks import BadInput
+from raysegment.climate.grid import Grid
+from raysegment.climate.regrid import regrid, to_spacing
+from raysegment.climate.rules import Rules, parse_rules
+from raysegment.elastic.checkpoints import find_checkpoint, read_checkpoint
+from raysegment.networks import build
+
+SPACING_TOLERANCE = 0.1  # a grid within a tenth of the training spacing is fed as it is
+HALO_CELLS = 32  # what is added on each side where a width does not divide, or a map does not close the circle
+
+
+class Labeller(Protocol):
+    """Fields (16, H, W) on a grid → mask (H, W) uint8 and, from networks, class probabilities (3, H, W)."""
+
+    @property
+    def name(self) -> str: ...
+
+    def label(self, fields: NDArray, grid: Grid) -> tuple[NDArray[np.uint8], NDArray | None]: ...
+
+
+@dataclass(frozen=True)
+class RulesLabeller:
+    """Heuristic rules as a labeller."""
+
+    rules: Rules
+    name: str
+
+    def label(self, fields: NDArray, grid: Grid) -> tuple[NDArray[np.uint8], NDArray | None]:
+        return self.rules.label(fields, grid), None
+
+
+@dataclass(frozen=True)
+class NetworkLabeller:
+    """A checkpoint as a labeller; maps of another spacing are regridded to the network's own and the probabilities back."""
+
+    checkpoint: Path
+    name: str
+
+    @cached_property
+    def _loaded(self) -> tuple[nn.Module, torch.Tensor, torch.Tensor, torch.Tensor, tuple[float, float]]:
+        """(network, mean (16,1,1), std (16,1,1), class weights of its loss (3,1,1), spacing in degrees)."""
+        read = read_checkpoint(self.checkpoint, training=False)
+        network = build(read.facts.network).to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+        network.load_state_dict(read.weights)
+        column = lambda values: torch.tensor(values, dtype=torch.float32)[:, None, None]  # noqa: E731
+        weights = read.facts.provenance.get("class_weights", [1.0] * len(read.facts.classes))
+        return network.eval(), column(read.facts.mean), column(read.facts.std), column(weights), read.facts.spacing_deg
+
+    def label(self, fields: NDArray, grid: Grid) -> tuple[NDArray[np.uint8], NDArray]:
+        probabilities = self.probabilities(fields, grid)
+        return probabilities.argmax(0).astype(np.uint8), probabilities
+
+    def probabilities(self, fields: NDArray, grid: Grid) -> NDArray[np.float32]:
+        """Class probabilities (3, H, W) on the map's own grid."""
+        dlat, dlon = self._loaded[-1]
+        near = abs(grid.dlat / dlat - 1) < SPACING_TOLERANCE and abs(grid.dlon / dlon - 1) < SPACING_TOLERANCE
+        own = grid if near else to_spacing(grid, dlat, dlon)
+        result = regrid(self._infer(regrid(fields, grid, own), own.periodic), own, grid)
+        return (result / result.sum(0)).astype(np.float32)
+
+    @torch.inference_mode()
+    def _infer(self, fields: NDArray, periodic: bool) -> NDArray[np.float32]:
+        network, mean, std, weights, _ = self._loaded
+        normal = (torch.from_numpy(np.ascontiguousarray(fields, np.float32)) - mean) / std
+        padded, rows, columns = _pad(normal[None], int(network.multiple), periodic)  # pyright: ignore[reportArgumentType]
+        with torch.autocast("cpu", torch.bfloat16):
+            logits = network(padded.contiguous(memory_format=torch.channels_last))
+        probabilities = logits[0, :, rows, columns].float().softmax(0)
+        return without_weights(probabilities, weights).numpy()
+
+
+def without_weights(probabilities: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """Probabilities (3, …) of a network trained with a class-weighted loss → those of the classes as they occur.
+
+    Weighted cross-entropy is least at q_k ∝ w_k p_k, so p_k ∝ q_k / w_k.
+    """
+    unweighted = probabilities / weights
+    return unweighted / unweighted.sum(0)
+
+
+def parse_labeller(spec: str | Path) -> Labeller:
+    """`rules:PRESET`, or a checkpoint or run folder; BadInput when it is neither."""
+    if str(spec).startswith("rules:"):
+        return RulesLabeller(parse_rules(str(spec)), str(spec))
+    if not Path(spec).exists():
+        raise BadInput(spec, "rules:PRESET, or the folder of a checkpoint or run", "no such folder", "Check the path.")
+    path = find_checkpoint(spec).resolve()
+    facts = read_checkpoint(path, training=False).facts
+    if facts.channels != channels.NAMES:
+        got = ", ".join(facts.channels)
+        raise BadInput(path, f"a network of the channels {', '.join(channels.NAMES)}", got, "Train on these.")
+    digest = str(facts.provenance.get("weights_sha256", ""))[:12]
+    return NetworkLabeller(path, f"network {facts.network.name} at step {facts.step} {digest}".strip())
+
+
+def _pad(fields: torch.Tensor, multiple: int, periodic: bool) -> tuple[torch.Tensor, slice, slice]:
+    """Fields (1, C, H, W) grown to sizes that divide by `multiple`, and the slices that cut the map out again.
+
+    Latitude repeats its edge rows. Longitude goes on around the circle where there is one and repeats its edge where not.
+    """
+    height, width = fields.shape[-2:]
+    south = (-height % multiple) // 2
+    west = 0 if periodic and width % multiple == 0 else min(HALO_CELLS, width)
+    east = west + (-(width + 2 * west) % multiple) if west else 0
+    east = min(east, width)
+    rows = torch.arange(-south, height + (-height % multiple) - south).clamp(0, height - 1)
+    columns = torch.arange(-west, width + east)
+    columns = columns % width if periodic else columns.clamp(0, width - 1)
+    return fields[..., rows, :][..., columns], slice(south, south + height), slice(west, west + width)

@@ -1,0 +1,298 @@
+"""The command line: each verb is a configuration and a function."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, is_dataclass
+from pathlib import Path
+from typing import Any
+
+from raysegment import config
+from raysegment.applications.bench import BenchConfig, bench
+from raysegment.applications.campaign import CampaignConfig, run_campaign
+from raysegment.applications.demo import DemoConfig, run_demo
+from raysegment.applications.evaluate import evaluate
+from raysegment.applications.events_table import write_events
+from raysegment.applications.inspect_ import inspect
+from raysegment.applications.pictures import draw_files
+from raysegment.applications.segment import SegmentConfig, segment
+from raysegment.applications.synthesize import synthesize
+from raysegment.climate.checks import BadInput
+from raysegment.climate.synthetic import SyntheticConfig
+from raysegment.console import Console, table
+from raysegment.elastic.train import TrainConfig, train
+from raysegment.feed.stage import StageConfig, stage
+
+BAD_INPUT, FAILURE = 2, 1
+CONFIGS = Path(__file__).parent / "configs"
+
+
+@dataclass(frozen=True)
+class Verb:
+    """A word of the command line: its help with an example, its options, what it does. `run` returns a JSON-able dict."""
+
+    name: str
+    help: str
+    example: str
+    options: Callable[[argparse.ArgumentParser], None]
+    run: Callable[[argparse.Namespace, Console], dict[str, Any]]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one verb; 0 when it worked, 2 for bad input (with expected, got, remedy), 1 for any other failure."""
+    options = parser().parse_args(arguments)
+    console = Console()
+    try:
+        result = options.verb.run(options, console)
+    except BadInput as bad:
+        console.say(f"raysegment {options.verb.name}: {bad}")
+        return BAD_INPUT
+    except KeyboardInterrupt:
+        console.say(f"raysegment {options.verb.name}: interrupted; run the same command again to go on")
+        return FAILURE
+    if options.json:
+        sys.stdout.flush()
+        print(json.dumps(_jsonable(result)), flush=True)
+    return 0
+
+
+def parser() -> argparse.ArgumentParser:
+    """The parser of the whole command line."""
+    top = argparse.ArgumentParser(prog="raysegment", description="Tropical cyclones and atmospheric rivers, pixel by pixel.")
+    verbs = top.add_subparsers(metavar="VERB", required=True)
+    for verb in VERBS:
+        sub = verbs.add_parser(
+            verb.name, help=verb.help, description=verb.help, epilog=f"example:\n  {verb.example}",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )  # fmt: skip
+        verb.options(sub)
+        sub.add_argument("--json", action="store_true", help="print the result as one JSON object, the last line of standard output")
+        sub.set_defaults(verb=verb)
+    return top
+
+
+# ---------------------------------------------------------------- demo
+
+
+def _demo_options(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("--out", type=Path, default=Path("demo"), help="folder for everything the demo makes (default: demo)")
+    sub.add_argument("--map", type=Path, help="a real map (CAM, ERA5, GFS, … netCDF) to end with")
+    sub.add_argument("--tracks", type=Path, help="CSV of best-track storms of that hour (columns lat, lon)")
+    sub.add_argument("options", nargs="*", metavar="key=value", help="demo settings, e.g. steps=200 workers=2 seed=1")
+
+
+def _demo(options: argparse.Namespace, console: Console) -> dict[str, Any]:
+    settings = _configured(DemoConfig, None, options.options)
+    return run_demo(options.out, settings, console, options.map, options.tracks)
+
+
+# ---------------------------------------------------------------- archive
+
+
+def _synthesize_options(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("out", type=Path, help="folder for the archive")
+    sub.add_argument("options", nargs="*", metavar="key=value", help="snapshots=96 height=72 width=144 seed=2018 runs=8")
+
+
+def _synthesize(options: argparse.Namespace, console: Console) -> dict[str, Any]:
+    settings = _configured(SyntheticConfig, None, options.options)
+    with console.phase("synthesize") as report:
+        paths = synthesize(options.out, settings, progress=report)
+    print(f"{len(paths)} snapshots in {options.out}")
+    return {"files": len(paths), "out": options.out, "height": settings.height, "width": settings.width}
+
+
+def _segment_options(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("sources", nargs="+", help="archive files, folders or patterns")
+    sub.add_argument("--labeller", required=True, help="rules:PRESET (rules:default), or the folder of a checkpoint or run")
+    sub.add_argument("--out", type=Path, required=True, help="folder for the masks, one file per source file")
+    sub.add_argument("--max-skipped", type=float, default=0.01, help="bad files allowed: a share below 1 or a number (default 0.01)")
+    sub.add_argument("--probabilities", action="store_true", help="also write the class probabilities of a network")
+    sub.add_argument("--artmip", action="store_true", help="also write ar_binary_tag files")
+    sub.add_argument("--processes", type=int, help="processes to label in (default: one per CPU of the cluster)")
+
+
+def _segment(options: argparse.Namespace, console: Console) -> dict[str, Any]:
+    settings = SegmentConfig(options.max_skipped, options.probabilities, options.artmip, options.processes)
+    with console.phase("segment") as report:
+        result = segment(options.sources, options.labeller, options.out, settings, report)
+    counts = f"{len(result.written)} mask files written, {len(result.complete)} were complete, {len(result.skipped)} skipped"
+    print(f"{counts}: {options.out}")
+    return {"written": len(result.written), "complete": len(result.complete), "skipped": len(result.skipped),
+            "snapshots": result.snapshots, "out": options.out}  # fmt: skip
+
+
+def _stage_options(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("sources", nargs="+", help="archive files, folders or patterns")
+    sub.add_argument("--masks", type=Path, help="folder of mask files; without it the labels inside the source files")
+    sub.add_argument("--out", type=Path, required=True, help="folder for the shards")
+    sub.add_argument("--tile", type=StageConfig.parse_tile, help="rows x columns of a tile, e.g. 64x144 (default: whole maps)")
+    sub.add_argument("--max-skipped", type=float, default=0.0, help="bad files allowed: a share below 1, or a number (default 0)")
+
+
+def _stage(options: argparse.Namespace, console: Console) -> dict[str, Any]:
+    settings = StageConfig(tile=options.tile)
+    with console.phase("stage") as report:
+        result = stage(options.sources, options.masks, options.out, settings, options.max_skipped, report)
+    print(f"{result.tiles} tiles of {result.snapshots} snapshots in {result.shards} shards: {result.out}")
+    return asdict(result)
+
+
+# ---------------------------------------------------------------- training
+
+
+def _train_options(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("config", nargs="?", help="a YAML file, or the name of a shipped one: " + ", ".join(_shipped()))
+    sub.add_argument("options", nargs="*", metavar="key=value", help="override keys, e.g. shards=DIR steps=500 out=runs/a")
+
+
+def _train(options: argparse.Namespace, console: Console) -> dict[str, Any]:
+    source, overrides = _config_and_overrides(options.config, options.options)
+    settings = _configured(TrainConfig, source, overrides)
+    with console.phase("train") as report:
+        result = train(settings, report)
+    loss = f"loss {result['loss_first']:.4f} → {result['loss_last']:.4f}"
+    print(f"{result['steps']} steps, {result['samples_per_s']:.2f} samples/s, {loss}")
+    print(f"checkpoint: {result['checkpoint']}")
+    return result
+
+
+def _tune_options(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("campaign", type=Path, help="a campaign file, e.g. tune/learning_rate.yaml")
+    sub.add_argument("options", nargs="*", metavar="key=value", help="override keys of the campaign")
+
+
+def _tune(options: argparse.Namespace, console: Console) -> dict[str, Any]:
+    settings = _configured(CampaignConfig, options.campaign, options.options)
+    with console.phase("tune") as report:
+        result = run_campaign(settings, report)
+    return result
+
+
+# ---------------------------------------------------------------- results
+
+
+def _evaluate_options(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("predicted", type=Path, help="mask file or folder")
+    sub.add_argument("truth", type=Path, help="mask file or folder, or labelled source files")
+
+
+def _evaluate(options: argparse.Namespace, console: Console) -> dict[str, Any]:
+    result = evaluate(options.predicted, options.truth)
+    rows = [[name, "absent" if value is None else value] for name, value in result["iou"].items()]
+    table(f"IoU over {result['snapshots']} snapshots", ["class", "IoU"], rows)
+    return result
+
+
+def _events_options(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("masks", nargs="+", help="mask files or folders")
+    sub.add_argument("--out", type=Path, required=True, help="table to write: NAME gives NAME.parquet and NAME.csv")
+    sub.add_argument("--sources", nargs="*", default=[], help="the masks' source files, for pressure, wind and transport")
+
+
+def _events(options: argparse.Namespace, console: Console) -> dict[str, Any]:
+    with console.phase("events") as report:
+        result = write_events(options.masks, options.out, options.sources, progress=report)
+    print(f"{result['events']} events: {', '.join(str(p) for p in result['files'])}")
+    return result
+
+
+def _map_options(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("source", type=Path, help="a source file")
+    sub.add_argument("--masks", type=Path, nargs="*", default=[], help="mask files of it, drawn side by side")
+    sub.add_argument("--tracks", type=Path, help="CSV of best-track storms to mark")
+    sub.add_argument("--field", default="TMQ", help="the channel to draw, or IVT (default TMQ)")
+    sub.add_argument("--index", type=int, default=0, help="which time of the file (default 0)")
+    sub.add_argument("--out", type=Path, required=True, help="picture to write (.png, .pdf, .svg)")
+
+
+def _map(options: argparse.Namespace, console: Console) -> dict[str, Any]:
+    picture = draw_files(options.source, options.masks, options.out, options.field, options.index, options.tracks)
+    print(picture)
+    return {"picture": picture}
+
+
+def _inspect_options(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("path", type=Path, help="an archive file, shard set, mask, checkpoint or run")
+
+
+def _inspect(options: argparse.Namespace, console: Console) -> dict[str, Any]:
+    result = inspect(options.path)
+    if not options.json:
+        print(json.dumps(_jsonable(result), indent=2))
+    return result
+
+
+def _bench_options(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("options", nargs="*", metavar="key=value", help="e.g. height=72 width=144 repeats=5")
+
+
+def _bench(options: argparse.Namespace, console: Console) -> dict[str, Any]:
+    with console.phase("bench") as report:
+        result = bench(_configured(BenchConfig, None, options.options), report)
+    table("measured on this machine", ["what", "value"], [[key, value] for key, value in result.items()])
+    return result
+
+
+# ---------------------------------------------------------------- configuration
+
+
+def _shipped() -> list[str]:
+    return sorted(path.stem for path in CONFIGS.glob("*.yaml"))
+
+
+def _config_and_overrides(name: str | None, overrides: Sequence[str]) -> tuple[Path | None, list[str]]:
+    """The configuration file meant by the first word, which may be missing and is then an override."""
+    if name is None:
+        return None, list(overrides)
+    if "=" in name and not Path(name).exists():
+        return None, [name, *overrides]
+    shipped = CONFIGS / f"{name}.yaml"
+    return (shipped if not Path(name).exists() and shipped.exists() else Path(name)), list(overrides)
+
+
+def _configured(cls: type, source: Path | None, overrides: Sequence[str]) -> Any:
+    mapping = config.read_yaml(source) if source is not None else {}
+    return config.load(cls, config.apply_overrides(mapping, overrides), source or "command line")
+
+
+def _jsonable(value: Any) -> Any:
+    if is_dataclass(value) and not isinstance(value, type):
+        return _jsonable(asdict(value))
+    if isinstance(value, dict):
+        return {str(key): _jsonable(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_jsonable(item) for item in value]
+    if hasattr(value, "item") and not isinstance(value, str):
+        return _jsonable(value.item())
+    if isinstance(value, float) and value != value:
+        return None
+    return str(value) if isinstance(value, os.PathLike) else value
+
+
+VERBS = (
+    Verb("demo", "the whole path on one machine, ending in pictures of a real map with --map",
+         "raysegment demo --out demo --map gfs.nc --tracks storms.csv", _demo_options, _demo),
+    Verb("synthesize", "a synthetic labelled archive in ClimateNet's layout",
+         "raysegment synthesize archive snapshots=96", _synthesize_options, _synthesize),
+    Verb("segment", "masks for an archive, by rules or by a trained network",
+         "raysegment segment archive --labeller rules:default --out masks", _segment_options, _segment),
+    Verb("stage", "an archive and its masks as shards for training",
+         "raysegment stage archive --masks masks --out shards --tile 64x144", _stage_options, _stage),
+    Verb("train", "train a network on shards, elastically",
+         "raysegment train small shards=shards out=runs/first steps=300", _train_options, _train),
+    Verb("evaluate", "IoU of masks against truth", "raysegment evaluate masks archive", _evaluate_options, _evaluate),
+    Verb("events", "the objects in masks as a table with tracks",
+         "raysegment events masks --sources archive --out events", _events_options, _events),
+    Verb("map", "a picture of a field with masks and coast lines",
+         "raysegment map gfs.nc --masks masks/gfs.mask.nc --tracks storms.csv --out map.png", _map_options, _map),
+    Verb("tune", "a hyperparameter campaign; run it again to resume",
+         "raysegment tune tune/learning_rate.yaml", _tune_options, _tune),
+    Verb("bench", "measured speed beside the machine's own limits", "raysegment bench", _bench_options, _bench),
+    Verb("inspect", "what an archive file, shard set, mask, checkpoint or run holds", "raysegment inspect shards",
+         _inspect_options, _inspect),
+)  # fmt: skip

@@ -1,0 +1,219 @@
+"""A run folder: what was asked, what happened step by step, what came out.
+
+    config.yaml     the resolved configuration
+    steps.jsonl     one line per step, each step once, in order (written by the group's first member)
+    events.jsonl    group starts, failures, injected faults, checkpoints (written by whoever it happens to)
+    checkpoints/    see `checkpoints`
+    summary.json    written last: the run is complete
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import statistics
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from raysegment.archive.files import committed
+from raysegment.climate.checks import BadInput
+from raysegment.elastic.settings import TrainConfig, identity, plain
+
+CAUSES = ("load_s", "compute_s", "exchange_s", "optimizer_s", "checkpoint_s")
+
+
+class Run:
+    """The files of one run folder."""
+
+    def __init__(self, folder: str | Path):
+        self.folder = Path(folder).absolute()
+
+    @property
+    def config(self) -> Path:
+        return self.folder / "config.yaml"
+
+    @property
+    def steps(self) -> Path:
+        return self.folder / "steps.jsonl"
+
+    @property
+    def events(self) -> Path:
+        return self.folder / "events.jsonl"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.folder / "checkpoints"
+
+    @property
+    def summary(self) -> Path:
+        return self.folder / "summary.json"
+
+    def prepare(self, config: TrainConfig) -> None:
+        """Make the folder, or check that it is of the same run: BadInput names the keys that differ."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if self.config.exists():
+            self._check_same(config)
+        with committed(self.config) as temporary:
+            temporary.write_text(yaml.safe_dump(plain(config), sort_keys=False))
+
+    def _check_same(self, config: TrainConfig) -> None:
+        try:
+            before = identity(yaml.safe_load(self.config.read_text()))
+        except (yaml.YAMLError, AttributeError, TypeError) as error:
+            raise BadInput(self.config, "the configuration of a run", error, "Choose another run folder.") from None
+        now = identity(config)
+        differing = [key for key in sorted({*before, *now}) if before.get(key) != now.get(key)]
+        if differing:
+            shown = ", ".join(f"{key} ({before.get(key)} there, {now.get(key)} now)" for key in differing)
+            remedy = "Give the same configuration to continue, or another folder as `out`."
+            raise BadInput(self.folder, "a new folder or a run of the same configuration", f"other values of {shown}", remedy)
+
+    def finished(self) -> dict[str, Any] | None:
+        """The summary, when the run is complete."""
+        return json.loads(self.summary.read_text()) if self.summary.exists() else None
+
+    def finish(self, summary: Mapping[str, Any]) -> None:
+        with committed(self.summary) as temporary:
+            temporary.write_text(json.dumps(jsonable(summary), indent=1) + "\n")
+
+    def event(self, kind: str, **facts: Any) -> None:
+        """Append one event; a single write, so that several processes may."""
+        line = json.dumps(jsonable({"time": time.time(), "event": kind, **facts})) + "\n"
+        with self.events.open("ab", buffering=0) as file:
+            file.write(line.encode())
+
+    def read_events(self) -> list[dict[str, Any]]:
+        return read_lines(self.events)[0]
+
+    def fruitless(self) -> Fruitless:
+        """What the groups since the last start met that, up to now, came to nothing."""
+        groups, failures, last = 0, [], last_step(self.steps)
+        for event in reversed(self.read_events()):
+            if event["event"] == "failure" and not groups:
+                failures.append(event)
+            if event["event"] == "start" or (event["event"] == "group" and event["high_water"] != last):
+                break
+            groups += event["event"] == "group"
+        cause = next((failure for failure in failures if failure["lasting"]), failures[0] if failures else None)
+        return Fruitless(groups, cause)
+
+
+@dataclass(frozen=True)
+class Fruitless:
+    """`groups` in a row began without one new step since; `cause` is what the newest of them failed of, as far as known."""
+
+    groups: int
+    cause: dict[str, Any] | None
+
+    def hopeless(self, most: int) -> bool:
+        """True when another try would not help: at once for bad input, after two for an error in the code, or after `most`."""
+        patience = most
+        if self.cause is not None and self.cause["lasting"]:
+            patience = 1 if self.cause["bad_input"] else 2
+        return self.groups >= min(patience, most)
+
+
+class StepLog:
+    """Appends to steps.jsonl what is not there yet: a step computed again after a failure is not written twice."""
+
+    def __init__(self, path: Path):
+        mend(path)
+        self.high_water = last_step(path)
+        self._file = path.open("a")
+
+    def write(self, step: int, facts: Mapping[str, Any]) -> None:
+        if step <= self.high_water:
+            return
+        assert step == self.high_water + 1, (step, self.high_water)
+        self._file.write(json.dumps(jsonable({"step": step, **facts})) + "\n")
+        self._file.flush()
+        self.high_water = step
+
+    def sync(self) -> None:
+        """On the disk before a checkpoint says that these steps are done."""
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def mend(path: Path) -> None:
+    """Cut off a last line that its writer did not finish."""
+    if path.exists():
+        content = path.read_bytes()
+        whole = content.rfind(b"\n") + 1
+        if whole < len(content):
+            os.truncate(path, whole)
+
+
+def read_lines(path: Path, offset: int = 0) -> tuple[list[dict[str, Any]], int]:
+    """The finished lines of a JSON-lines file from a byte offset on, and the offset where the next one begins."""
+    if not path.exists():
+        return [], offset
+    with path.open("rb") as file:
+        file.seek(offset)
+        content = file.read()
+    whole = content[: content.rfind(b"\n") + 1]
+    return [json.loads(line) for line in whole.splitlines()], offset + len(whole)
+
+
+def last_step(path: Path) -> int:
+    """The newest step in a steps.jsonl, −1 when there is none."""
+    if not path.exists():
+        return -1
+    with path.open("rb") as file:
+        file.seek(max(0, path.stat().st_size - 65536))
+        lines = [line for line in file.read().split(b"\n")[:-1] if line.startswith(b'{"step"')]
+    return int(json.loads(lines[-1])["step"]) if lines else -1
+
+
+def summarise(steps: list[dict[str, Any]], flops_per_sample: float) -> dict[str, Any]:
+    """What the step lines add up to; FLOP/s as in Kurth et al. 2018: median over steps, with 16 and 84 percentiles; best.
+
+    `loss_first` and `loss_last` are means over the first and last quarter of the steps, ten at most.
+    """
+    seconds = sorted(step["step_s"] for step in steps)
+    samples, batch = sum(step["samples"] for step in steps), steps[0]["samples"]
+    several = max(1, min(10, len(steps) // 4))
+    low, middle, high = (_percentile(seconds, share) for share in (0.16, 0.5, 0.84))
+    whole = sum(seconds)
+    shares = {cause.removesuffix("_s"): sum(step[cause] for step in steps) / whole for cause in CAUSES}
+    return {
+        "steps": len(steps),
+        "samples": samples,
+        "samples_per_s": samples / whole,
+        "loss_first": _mean([step["loss"] for step in steps[:several]]),
+        "loss_last": _mean([step["loss"] for step in steps[-several:]]),
+        "skipped": sum(bool(step["skipped"]) for step in steps),
+        "step_s": {"median": middle, "p16": low, "p84": high},
+        "flops_per_sample": flops_per_sample,
+        "flop_s": {"sustained": flops_per_sample * batch / middle, "p16": flops_per_sample * batch / high,
+                   "p84": flops_per_sample * batch / low, "peak": flops_per_sample * batch / seconds[0]},
+        "time_shares": {**shares, "other": 1 - sum(shares.values())},
+    }  # fmt: skip
+
+
+def _mean(values: list[float | None]) -> float:
+    known = [value for value in values if value is not None]
+    return statistics.fmean(known) if known else math.nan
+
+
+def _percentile(ordered: list[float], share: float) -> float:
+    return ordered[min(len(ordered) - 1, round(share * (len(ordered) - 1)))]
+
+
+def jsonable(value: Any) -> Any:
+    """NaN and infinities as null, paths as text."""
+    if isinstance(value, Mapping):
+        return {str(key): jsonable(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [jsonable(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return str(value) if isinstance(value, Path) else value

@@ -1,0 +1,131 @@
+"""What a training run is asked to do, and which of it may change when the run is taken up again."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from raysegment.archive.shards import Manifest
+from raysegment.climate.checks import BadInput
+from raysegment.elastic.chaos import Plan
+from raysegment.feed.order import Order
+from raysegment.feed.stream import FeedConfig
+from raysegment.learning.optim import OptimConfig
+from raysegment.learning.step import LearnConfig, initialise
+from raysegment.networks import NetworkConfig
+
+DEVICES = ("auto", "cpu", "cuda")
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """When state is written: every `every_steps` steps (0: by time), or every `every_s` seconds; the last `keep` stay."""
+
+    every_s: float = 60.0
+    every_steps: int = 0
+    keep: int = 3
+
+    def __post_init__(self) -> None:
+        if self.every_s <= 0 or self.every_steps < 0 or self.keep < 1:
+            raise ValueError(f"checkpoint: expected every_s > 0, every_steps >= 0 and keep >= 1, got {self}")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """A training run: `shards` to learn from, the run folder `out`, how long, with how many workers, what and how.
+
+    `steps` or, where it is 0, `epochs` says how long; the learning-rate schedule spans exactly that. `cpus_per_worker`
+    CPUs are reserved for each worker, which computes with as many threads. `timeout_s` is how long a collective may hang
+    before the group starts again; `max_failures` bounds restarts (−1: no bound), `max_fruitless` those in a row without
+    one new step. `chaos` injects faults: "kill@step=12,member=1; kill@step=20,member=0".
+    """
+
+    shards: str = ""
+    out: str = "runs/train"
+    name: str = "train"
+    steps: int = 0
+    epochs: float = 10.0
+    workers: int = 1
+    cpus_per_worker: float = 1.0
+    device: str = "auto"
+    network: NetworkConfig = field(default_factory=NetworkConfig)
+    learn: LearnConfig = field(default_factory=LearnConfig)
+    feed: FeedConfig = field(default_factory=FeedConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    max_failures: int = -1
+    max_fruitless: int = 5
+    timeout_s: float = 300.0
+    chaos: str = ""
+
+    def __post_init__(self) -> None:
+        if self.device not in DEVICES:
+            raise ValueError(f"device: expected one of {', '.join(DEVICES)}, got {self.device!r}")
+        if self.steps < 0 or (self.steps == 0 and self.epochs <= 0):
+            raise ValueError(f"steps or epochs: expected one of them above 0, got {self.steps} and {self.epochs}")
+        if self.workers < 1 or self.cpus_per_worker <= 0:
+            raise ValueError(f"workers, cpus_per_worker: expected more than 0, got {self.workers} and {self.cpus_per_worker}")
+        if self.max_failures < -1 or self.max_fruitless < 1 or self.timeout_s <= 0:
+            raise ValueError(f"expected max_failures >= -1, max_fruitless >= 1 and timeout_s > 0, got {self}")
+        Plan.parse(self.chaos)
+
+    @property
+    def threads(self) -> int:
+        """Threads a worker computes with."""
+        return max(1, int(self.cpus_per_worker))
+
+    def resolved(self, manifest: Manifest) -> TrainConfig:
+        """With `steps` and the schedule's length filled in, checked against the shards; BadInput where they do not fit."""
+        self._check_tiles(manifest)
+        steps = self.steps or self.order(manifest).steps(self.epochs)
+        total = self.learn.optim.total_steps
+        if total not in (OptimConfig().total_steps, steps):
+            raise BadInput("learn.optim.total_steps", f"the run's {steps} steps", total, "Leave it out: `steps` decides.")
+        return replace(self, steps=steps, learn=replace(self.learn, optim=replace(self.learn.optim, total_steps=steps)))
+
+    def order(self, manifest: Manifest) -> Order:
+        return Order(manifest.tiles, self.learn.global_batch, self.learn.micro_batch, self.learn.seed)
+
+    def _check_tiles(self, manifest: Manifest) -> None:
+        if self.network.channels != len(manifest.channels) or self.network.classes != len(manifest.classes):
+            expected = f"{len(manifest.channels)} channels and {len(manifest.classes)} classes"
+            got = f"{self.network.channels} and {self.network.classes}"
+            raise BadInput("network", expected, got, "Leave network.channels and network.classes at their defaults.")
+        multiple = int(initialise(self.network, 0).multiple)  # pyright: ignore[reportArgumentType]
+        height, width = manifest.tile
+        if height % multiple or width % multiple:
+            remedy = f"Stage with --tile {max(1, height // multiple) * multiple}x{max(1, width // multiple) * multiple}."
+            raise BadInput(self.shards, f"tiles whose sides divide by the network's {multiple}", f"{height}x{width}", remedy)
+
+
+# What may differ when a run is continued: it changes how the result is reached, not the result.
+_FREE = ("shards", "out", "name", "epochs", "workers", "cpus_per_worker", "device", "feed", "checkpoint", "max_failures",
+         "max_fruitless", "timeout_s", "chaos")  # fmt: skip
+
+
+def identity(config: TrainConfig | Mapping[str, Any]) -> dict[str, Any]:
+    """The keys (dotted) and values that make a run the run it is."""
+    tree = config if isinstance(config, Mapping) else plain(config)
+    return {key: value for key, value in _flat(tree) if key.split(".")[0] not in _FREE}
+
+
+def plain(config: Any) -> dict[str, Any]:
+    """A configuration as YAML and JSON can hold it."""
+    return {key: _plain(value) for key, value in asdict(config).items()}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return str(value) if isinstance(value, Path) else value
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value

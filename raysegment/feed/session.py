@@ -1,0 +1,50 @@
+"""The Ray cluster this process talks to: the one it was started in, or a local one of its own."""
+
+from __future__ import annotations
+
+import logging
+import os
+
+import ray
+
+
+def ensure_ray(num_cpus: int | None = None, resources: dict[str, float] | None = None, log_to_driver: bool = False) -> None:
+    """Connect to Ray unless this process already is: RAY_ADDRESS (set in submitted jobs) or else a fresh local Ray.
+
+    `address="local"` never joins a cluster that somebody else left behind on the machine. The dashboard stays on:
+    without it Ray Train never returns the placement groups of trials that Tune stopped.
+    """
+    if ray.is_initialized():
+        return
+    quiet_data()
+    for name, value in _driver_environment().items():
+        os.environ.setdefault(name, value)
+    if os.environ.get("RAY_ADDRESS"):
+        environment = {"env_vars": _worker_environment()}
+        ray.init(address=os.environ["RAY_ADDRESS"], runtime_env=environment, log_to_driver=log_to_driver)
+        return
+    os.environ.update(_worker_environment())  # inherited; a runtime_env would leave the processes started ahead unused
+    ray.init(
+        address="local", num_cpus=num_cpus, resources=resources, log_to_driver=log_to_driver, logging_level=logging.WARNING
+    )
+
+
+def quiet_data() -> None:
+    """Ray Data tells every execution's plan and progress; this process hears its warnings only."""
+    logging.getLogger("ray.data").setLevel(logging.WARNING)
+
+
+def _driver_environment() -> dict[str, str]:
+    """What Ray Train reads from the driver: show runs on the dashboard's page; look after workers twice a second."""
+    return {
+        "RAY_TRAIN_ENABLE_STATE_TRACKING": "1",
+        "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
+        "RAY_USAGE_STATS_ENABLED": "0",
+    }
+
+
+def _worker_environment() -> dict[str, str]:
+    """What Ray's processes must see: where the package is, and quiet data pipelines."""
+    here = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+    paths = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
+    return {"PYTHONPATH": os.pathsep.join(dict.fromkeys([here, *paths])), "RAY_DATA_DISABLE_PROGRESS_BARS": "1"}

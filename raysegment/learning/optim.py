@@ -1,0 +1,207 @@
+"""From a mean gradient to new weights: schedule, LARC, optimizer, moving average.
+
+The schedule is a pure function of the step. LARC (You, Gitman and Ginsburg 2017; local rate λ = η‖w‖/‖g‖) is taken on the
+mean gradient of the whole batch. Two traps of the 2018 code are avoided: a factor 1/N in λ (its learning rates had to
+grow like N³), and a factor on the gradient in front of Adam, which divides it out again. So around Adam the same rule
+bounds the update u itself, λ = η‖w‖/‖u‖, as LAMB does (You et al. 2020).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from raysegment.learning.flat import Flat
+from raysegment.networks.blocks import choose
+
+OPTIMIZERS = ("adamw", "adam", "sgd")
+SCHEDULES = ("cosine", "polynomial", "constant")
+LARC_MODES = ("clip", "scale")
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """Optimizer, LARC and schedule.
+
+    `weight_decay` is decoupled in adamw, part of the gradient in adam and sgd; biases and norms are spared. `larc_mode`:
+    "clip" makes a layer's rate min(λ, lr), "scale" makes it λ·lr (LARS). `clip_norm` bounds the norm of the mean
+    gradient, `ema` is the decay of the moving average of weights; 0 switches either off. `final_lr` is the share of
+    `lr` left at `total_steps`.
+    """
+
+    optimizer: str = "adamw"
+    lr: float = 2e-3
+    weight_decay: float = 1e-2
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    momentum: float = 0.9
+    nesterov: bool = False
+    larc: bool = False
+    larc_mode: str = "clip"
+    trust: float = 2e-3
+    larc_eps: float = 1e-8
+    schedule: str = "cosine"
+    warmup_steps: int = 0
+    total_steps: int = 1000
+    power: float = 0.9
+    final_lr: float = 0.0
+    clip_norm: float = 0.0
+    ema: float = 0.0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "betas", tuple(self.betas))
+        choose("optim.optimizer", self.optimizer, OPTIMIZERS)
+        choose("optim.schedule", self.schedule, SCHEDULES)
+        choose("optim.larc_mode", self.larc_mode, LARC_MODES)
+        for name in ("lr", "trust", "eps"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"optim.{name}: expected more than 0, got {getattr(self, name)}")
+        for name in ("weight_decay", "larc_eps", "warmup_steps", "clip_norm", "power"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"optim.{name}: expected at least 0, got {getattr(self, name)}")
+        for name in ("momentum", "ema"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"optim.{name}: expected a share in [0, 1), got {getattr(self, name)}")
+        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"optim.betas: expected two shares in [0, 1), got {self.betas}")
+        if not 0 <= self.final_lr <= 1:
+            raise ValueError(f"optim.final_lr: expected a share in [0, 1], got {self.final_lr}")
+        if self.total_steps < 1:
+            raise ValueError(f"optim.total_steps: expected at least 1, got {self.total_steps}")
+        if self.nesterov and not self.momentum:
+            raise ValueError("optim.nesterov: expected a momentum above 0 with it, got 0")
+
+
+def learning_rate(step: int, config: OptimConfig) -> float:
+    """The rate of a step (0, 1, …): linear warm-up that ends at lr with the last warm-up step, then the schedule."""
+    if step < config.warmup_steps:
+        return config.lr * (step + 1) / config.warmup_steps
+    left = config.total_steps - config.warmup_steps
+    done = min(1.0, (step - config.warmup_steps) / left) if left > 0 else 1.0
+    share = {"constant": 1.0, "cosine": 0.5 * (1 + math.cos(math.pi * done)), "polynomial": (1 - done) ** config.power}
+    if config.schedule == "constant":
+        return config.lr
+    return config.lr * (config.final_lr + (1 - config.final_lr) * share[config.schedule])
+
+
+class Optimizer:
+    """Applies mean gradients to a network's flat parameters; its state is a few vectors (P,) and a count."""
+
+    def __init__(self, flat: Flat, config: OptimConfig):
+        self.flat, self.config = flat, config
+        split = flat.split
+        self.parts = [torch.nn.Parameter(part) for part in (flat.values[:split], flat.values[split:]) if part.numel()]
+        grads = [part for part in (flat.grads[:split], flat.grads[split:]) if part.numel()]
+        for part, grad in zip(self.parts, grads, strict=True):
+            part.grad = grad
+        folded = config.larc and config.optimizer == "sgd"  # LARC's λ contains the decay then
+        decays = [0.0 if folded else config.weight_decay, 0.0]
+        groups = [{"params": [part], "weight_decay": decay} for part, decay in zip(self.parts, decays, strict=False)]
+        self.torch = _torch_optimizer(groups, config)
+        self.ema = flat.values.clone() if config.ema else None
+        self._fill_state()
+
+    def _fill_state(self) -> None:
+        """Create the optimizer's vectors now, as its first step would, so that a state can be loaded into them."""
+        for part in self.parts:
+            state = self.torch.state[part]
+            if self.config.optimizer == "sgd":
+                if self.config.momentum:
+                    state["momentum_buffer"] = torch.zeros_like(part)
+            else:
+                state["step"] = torch.zeros((), dtype=torch.float32, device=part.device)
+                state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(part), torch.zeros_like(part)
+
+    @torch.no_grad()
+    def apply(self, gradient: Tensor, step: int) -> float:
+        """One update by the mean gradient (P,), which is used up; returns the learning rate."""
+        config, flat, lr = self.config, self.flat, learning_rate(step, self.config)
+        if config.clip_norm:
+            clip_(gradient, config.clip_norm)
+        flat.grads.copy_(gradient)
+        for group in self.torch.param_groups:
+            group["lr"] = lr
+        if config.larc and config.optimizer == "sgd":
+            larc_gradient_(flat.views(flat.values)[: flat.weights], flat.views(flat.grads)[: flat.weights], lr, config)
+            self.torch.step()
+        elif config.larc:
+            before = flat.values.clone()
+            self.torch.step()
+            larc_update_(flat.views(flat.values)[: flat.weights], flat.views(before)[: flat.weights], lr, config)
+        else:
+            self.torch.step()
+        if self.ema is not None:
+            self.ema.lerp_(flat.values, 1 - config.ema)
+        return lr
+
+    def vectors(self) -> dict[str, Tensor]:
+        """The optimizer's state: its own vectors by name, whole (P,), and `step` where it counts."""
+        names = sorted({name for part in self.parts for name in self.torch.state[part]} - {"step"})
+        found = {name: torch.cat([self.torch.state[part][name] for part in self.parts]) for name in names}
+        if self.ema is not None:
+            found["ema"] = self.ema
+        return found
+
+    @property
+    def count(self) -> int:
+        """Updates made, as far as the optimizer counts them (Adam's bias correction)."""
+        return int(self.torch.state[self.parts[0]].get("step", torch.zeros(())))
+
+    def load(self, vectors: dict[str, Tensor], count: int) -> None:
+        """Take over a state that `vectors` and `count` gave."""
+        for name, vector in vectors.items():
+            if name == "ema":
+                assert self.ema is not None
+                self.ema.copy_(vector)
+                continue
+            for part, piece in zip(self.parts, vector.split([p.numel() for p in self.parts]), strict=True):
+                self.torch.state[part][name].copy_(piece)
+        for part in self.parts:
+            if "step" in self.torch.state[part]:
+                self.torch.state[part]["step"].fill_(count)
+
+
+def _torch_optimizer(groups: list[dict], config: OptimConfig) -> torch.optim.Optimizer:
+    if config.optimizer == "sgd":
+        return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, nesterov=config.nesterov, fused=True)
+    kind = torch.optim.AdamW if config.optimizer == "adamw" else torch.optim.Adam
+    return kind(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
+
+
+def clip_(gradient: Tensor, most: float) -> None:
+    """Scale a vector down to the norm `most` where it is longer."""
+    gradient *= torch.clamp(most / torch.linalg.vector_norm(gradient).clamp_min(1e-30), max=1.0)
+
+
+def larc_gradient_(weights: list[Tensor], grads: list[Tensor], lr: float, config: OptimConfig) -> None:
+    """g ← (g + d·w) · f per layer, f from λ = η‖w‖ / (‖g‖ + d‖w‖ + ε): min(λ/lr, 1) in mode clip, λ in mode scale.
+
+    d is the weight decay. A layer whose weight or gradient is zero keeps f = 1.
+    """
+    sizes, slopes = _norms(weights), _norms(grads)
+    local = config.trust * sizes / (slopes + config.weight_decay * sizes + config.larc_eps)
+    if config.weight_decay:
+        for grad, weight in zip(grads, weights, strict=True):
+            grad.add_(weight, alpha=config.weight_decay)
+    factor = (local / lr).clamp_max(1.0) if config.larc_mode == "clip" else local
+    factor = torch.where((sizes > 0) & (slopes > 0), factor, 1.0)
+    for grad, f in zip(grads, factor, strict=True):
+        grad *= f
+
+
+def larc_update_(weights: list[Tensor], before: list[Tensor], lr: float, config: OptimConfig) -> None:
+    """w ← w₀ + f·(w − w₀) per layer with the update u = (w − w₀)/lr and λ = η‖w₀‖ / (‖u‖ + ε); f as in `larc_gradient_`."""
+    steps = [weight - start for weight, start in zip(weights, before, strict=True)]
+    sizes, slopes = _norms(before), _norms(steps) / lr
+    local = config.trust * sizes / (slopes + config.larc_eps)
+    factor = (local / lr).clamp_max(1.0) if config.larc_mode == "clip" else local
+    factor = torch.where((sizes > 0) & (slopes > 0), factor, 1.0)
+    for weight, start, step, f in zip(weights, before, steps, factor, strict=True):
+        weight.copy_(torch.where(f == 1, weight, start + f * step))
+
+
+def _norms(tensors: list[Tensor]) -> Tensor:
+    return torch.stack([torch.linalg.vector_norm(tensor) for tensor in tensors])

@@ -1,0 +1,103 @@
+"""Everything a learner is, as named tensors and a few numbers, so that a resumed run is the same run, bit for bit."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from raysegment.climate.checks import BadInput
+from raysegment.learning.step import Learner
+
+
+@dataclass(frozen=True)
+class TrainState:
+    """`weights`: the network as `segment` uses it, by `state_dict` name (the moving average where there is one).
+
+    `tensors`: what training needs besides, as "kind.parameter" (exp_avg, exp_avg_sq, momentum_buffer, lagged, and value
+    where `weights` holds the average). `facts`: step, cursor and counts, readable as JSON. All tensors are contiguous copies.
+    """
+
+    weights: dict[str, Tensor]
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+    facts: dict[str, Any] = field(default_factory=dict)
+
+
+def capture(learner: Learner) -> TrainState:
+    """A learner's state between two steps, copied to the CPU."""
+    flat, vectors = learner.flat, learner.optimizer.vectors()
+    average = vectors.pop("ema", None)
+    if learner.lagged is not None:
+        vectors["lagged"] = learner.lagged
+    weights = {name: _plain(tensor) for name, tensor in learner.network.state_dict().items()}
+    if average is not None:
+        vectors["value"] = flat.values
+        weights |= {name: _plain(tensor) for name, tensor in flat.named(average).items()}
+    tensors = {f"{kind}.{name}": _plain(t) for kind, vector in vectors.items() for name, t in flat.named(vector).items()}
+    facts = {
+        "step": learner.step,
+        "cursor": learner.step * learner.config.global_batch,
+        "updates": learner.optimizer.count,
+        "loss_scale": learner.scale.value,
+        "good_steps": learner.scale.good,
+    }
+    return TrainState(weights, tensors, facts)
+
+
+def restore(learner: Learner, state: TrainState) -> None:
+    """Make a freshly built learner of the same configuration continue from a state."""
+    flat, kinds = learner.flat, _kinds(state)
+    expected = {*learner.optimizer.vectors()} - {"ema"}
+    found = {*kinds} - {"lagged", "value"}
+    if found != expected or (learner.optimizer.ema is not None) != ("value" in kinds):
+        got = ", ".join(sorted(kinds)) or "none"
+        wanted = ", ".join(sorted(expected)) + (", value" if learner.optimizer.ema is not None else "")
+        raise BadInput("training state", f"the tensors {wanted}", got, "Resume with the optimizer and average it was saved with.")
+    _load_network(learner, state.weights)
+    vectors = {kind: _vector(learner, tensors) for kind, tensors in kinds.items()}
+    learner.lagged = vectors.pop("lagged", None)
+    if "value" in vectors:
+        own = vectors.pop("value")
+        vectors["ema"] = flat.values.clone()  # `weights` held the average
+        flat.values.copy_(own)
+    learner.optimizer.load(vectors, int(state.facts["updates"]))
+    learner.step = int(state.facts["step"])
+    learner.scale.value, learner.scale.good = float(state.facts["loss_scale"]), int(state.facts["good_steps"])
+
+
+def _plain(tensor: Tensor) -> Tensor:
+    return tensor.detach().to("cpu", copy=True).contiguous()
+
+
+def _kinds(state: TrainState) -> dict[str, dict[str, Tensor]]:
+    """Tensors by kind and parameter."""
+    kinds: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in state.tensors.items():
+        kind, _, parameter = name.partition(".")
+        kinds.setdefault(kind, {})[parameter] = tensor
+    return kinds
+
+
+def _vector(learner: Learner, tensors: dict[str, Tensor]) -> Tensor:
+    """A vector (P,) of named tensors."""
+    missing = [name for name in learner.flat.names if name not in tensors]
+    if missing:
+        raise BadInput("training state", f"a tensor for {missing[0]}", "none", "Resume with the network it was saved with.")
+    vector = torch.empty_like(learner.flat.values)
+    learner.flat.fill(vector, tensors)
+    return vector
+
+
+@torch.no_grad()
+def _load_network(learner: Learner, weights: dict[str, Tensor]) -> None:
+    """Copy weights and buffers in place (the network's tensors are views)."""
+    own = learner.network.state_dict()
+    if {*own} != {*weights}:
+        odd = sorted({*own} ^ {*weights})
+        raise BadInput("weights", "this network's tensors", f"a difference in {odd[:3]}", "Use the network they were saved with.")
+    for name, tensor in own.items():
+        if tensor.shape != weights[name].shape:
+            raise BadInput(name, f"shape {tuple(tensor.shape)}", tuple(weights[name].shape), "Use the network it was saved with.")
+        tensor.copy_(weights[name])

@@ -1,0 +1,132 @@
+"""The run folder's files: each step once, nothing half-written is believed, hopeless runs end."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from raysegment.archive.shards import Manifest
+from raysegment.climate.checks import BadInput
+from raysegment.elastic.chaos import Fault, Plan
+from raysegment.elastic.runs import CAUSES, Run, StepLog, last_step, read_lines, summarise
+from raysegment.elastic.settings import TrainConfig, identity, plain
+from tests.small_training import config, write_shards
+
+
+def test_a_step_is_logged_once(tmp_path):
+    path = tmp_path / "steps.jsonl"
+    log = StepLog(path)
+    for step in range(5):
+        log.write(step, {"loss": float("nan") if step == 2 else 1.0})
+    log.close()
+    with path.open("a") as file:
+        file.write('{"step": 5, "lo')  # killed while writing
+    log = StepLog(path)
+    assert log.high_water == 4
+    for step in range(3, 8):
+        log.write(step, {"loss": 2.0})
+    log.close()
+    steps, end = read_lines(path)
+    assert [step["step"] for step in steps] == list(range(8))
+    assert [step["loss"] for step in steps] == [1.0, 1.0, None, 1.0, 1.0, 2.0, 2.0, 2.0]
+    assert end == path.stat().st_size
+    assert last_step(path) == 7
+    with pytest.raises(AssertionError):
+        StepLog(path).write(9, {})
+
+
+@given(st.binary(max_size=80), st.integers(0, 80))
+def test_a_reader_takes_whole_lines_only(tmp_path_factory, tail, offset):
+    path = tmp_path_factory.getbasetemp() / "lines"
+    path.write_bytes(b'{"step": 0}\n{"step": 1}\n' + tail.replace(b"\n", b""))
+    assert read_lines(path) == ([{"step": 0}, {"step": 1}], 24)
+    assert last_step(path) == 1
+
+
+def test_hopeless_runs_end(tmp_path):
+    run = Run(tmp_path)
+    run.event("start")
+    run.event("group", high_water=-1)
+    assert not run.fruitless().hopeless(3)
+    run.event("failure", lasting=False, bad_input=None, error="RuntimeError: connection closed")
+    assert not run.fruitless().hopeless(3)
+    run.event("group", high_water=-1)
+    run.event("group", high_water=-1)
+    assert run.fruitless().hopeless(3)
+    (tmp_path / "steps.jsonl").write_text('{"step": 0}\n')
+    assert not run.fruitless().hopeless(3)  # there was a new step after all
+    run.event("group", high_water=0)
+    run.event("failure", lasting=True, bad_input=None, error="NameError")
+    run.event("failure", lasting=False, bad_input=None, error="RuntimeError: connection closed")
+    assert not run.fruitless().hopeless(9)
+    run.event("group", high_water=0)
+    run.event("failure", lasting=True, bad_input=None, error="NameError")
+    assert run.fruitless().hopeless(9)
+    run.event("start")
+    assert not run.fruitless().hopeless(1)
+    run.event("group", high_water=0)
+    run.event("failure", lasting=True, bad_input=["x", "a", "b", "c"], error="BadInput")
+    assert run.fruitless().hopeless(9)
+
+
+def test_the_summary_adds_up():
+    causes = dict.fromkeys(CAUSES, 0.1)
+    steps = [{"step": k, "loss": 10.0 - k, "samples": 4, "step_s": 1.0 + k, "skipped": False, **causes} for k in range(8)]
+    summary = summarise(steps, 1e9)
+    assert summary["samples_per_s"] == 32 / 36
+    assert (summary["loss_first"], summary["loss_last"]) == (9.5, 3.5)
+    assert summary["flop_s"]["peak"] == 4e9
+    assert summary["step_s"]["p16"] < summary["step_s"]["median"] < summary["step_s"]["p84"]
+    assert summary["time_shares"]["compute"] == pytest.approx(0.8 / 36)
+    assert sum(summary["time_shares"].values()) == pytest.approx(1.0)
+
+
+def test_another_configuration_is_refused_by_name(tmp_path):
+    run = Run(tmp_path)
+    one = config(tmp_path / "shards", tmp_path)
+    run.prepare(one)
+    run.prepare(config(tmp_path / "elsewhere", tmp_path, workers=3, chaos="kill@step=1"))
+    with pytest.raises(BadInput, match=r"learn\.seed \(3 there, 0 now\)"):
+        run.prepare(TrainConfig(**{**one.__dict__, "learn": TrainConfig().learn}))
+    assert identity(plain(one)) == identity(one) == identity(json.loads(json.dumps(plain(one))))
+
+
+def test_steps_follow_from_epochs_and_the_schedule_from_steps(tmp_path):
+    manifest = Manifest.load(write_shards(tmp_path / "s"))
+    resolved = config(tmp_path / "s", tmp_path, steps=0, epochs=2).resolved(manifest)
+    assert resolved.steps == 4  # 22 tiles, 6 a step
+    assert resolved.learn.optim.total_steps == 4
+    assert resolved.resolved(manifest) == resolved
+    with pytest.raises(BadInput, match="total_steps"):
+        TrainConfig(**{**resolved.__dict__, "steps": 5}).resolved(manifest)
+
+
+def test_tiles_must_fit_the_network(tmp_path):
+    manifest = Manifest.load(write_shards(tmp_path / "s"))
+    with pytest.raises(BadInput, match="divide by the network"):
+        TrainConfig(shards=str(tmp_path / "s"), steps=1).resolved(Manifest(**{**manifest.__dict__, "tile": (8, 64)}))
+
+
+def test_faults_are_read_and_fire_once(tmp_path, monkeypatch):
+    plan = Plan.parse("kill@step=12,member=1; kill@step=3")
+    assert plan.faults == (Fault("kill", 12, 1), Fault("kill", 3, 0))
+    fired, killed = [], []
+    monkeypatch.setattr("os.kill", lambda *how: killed.append(how))
+    for _ in range(2):
+        for step in range(20):
+            for member in range(2):
+                plan.fire(step, member, tmp_path / "chaos", fired.append)
+    assert fired == [Fault("kill", 3, 0), Fault("kill", 12, 1)]
+    assert len(killed) == 2
+    for bad in ("kill", "kill@step=x", "burn@step=1", "kill@member=1", "kill@step=-1", "kill@step=1,rank=2"):
+        with pytest.raises(ValueError, match="faults like"):
+            Plan.parse(bad)
+
+
+@pytest.mark.parametrize("bad", [{"workers": 0}, {"steps": -1}, {"device": "tpu"}, {"epochs": 0}, {"max_fruitless": 0}])
+def test_impossible_settings_are_refused(bad):
+    with pytest.raises(ValueError, match="expected"):
+        TrainConfig(**bad)
