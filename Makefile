@@ -18,7 +18,7 @@ demo: install
 
 lint: install
 	$(RUN)/ruff check .
-	$(RUN)/basedpyright
+	$(RUN)/basedpyright --pythonpath $(RUN)/python
 
 test: lint
 	$(RUN)/pytest

@@ -11,6 +11,8 @@ from dataclasses import asdict, dataclass, is_dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from raysegment import config
 from raysegment.applications.bench import BenchConfig, bench
 from raysegment.applications.campaign import CampaignConfig, run_campaign
@@ -70,7 +72,7 @@ def parser() -> argparse.ArgumentParser:
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )  # fmt: skip
         verb.options(sub)
-        sub.add_argument("--json", action="store_true", help="print the result as one JSON object, the last line of standard output")
+        sub.add_argument("--json", action="store_true", help="print the result as one JSON object, the last line of output")
         sub.set_defaults(verb=verb)
     return top
 
@@ -110,7 +112,7 @@ def _segment_options(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("sources", nargs="+", help="archive files, folders or patterns")
     sub.add_argument("--labeller", required=True, help="rules:PRESET (rules:default), or the folder of a checkpoint or run")
     sub.add_argument("--out", type=Path, required=True, help="folder for the masks, one file per source file")
-    sub.add_argument("--max-skipped", type=float, default=0.01, help="bad files allowed: a share below 1 or a number (default 0.01)")
+    sub.add_argument("--max-skipped", type=float, default=0.01, help="bad files allowed: share below 1 or number (default 0.01)")
     sub.add_argument("--probabilities", action="store_true", help="also write the class probabilities of a network")
     sub.add_argument("--artmip", action="store_true", help="also write ar_binary_tag files")
     sub.add_argument("--processes", type=int, help="processes to label in (default: one per CPU of the cluster)")
@@ -131,7 +133,7 @@ def _stage_options(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--masks", type=Path, help="folder of mask files; without it the labels inside the source files")
     sub.add_argument("--out", type=Path, required=True, help="folder for the shards")
     sub.add_argument("--tile", type=StageConfig.parse_tile, help="rows x columns of a tile, e.g. 64x144 (default: whole maps)")
-    sub.add_argument("--max-skipped", type=float, default=0.0, help="bad files allowed: a share below 1, or a number (default 0)")
+    sub.add_argument("--max-skipped", type=float, default=0.0, help="bad files allowed: share below 1 or number (default 0)")
 
 
 def _stage(options: argparse.Namespace, console: Console) -> dict[str, Any]:
@@ -195,9 +197,10 @@ def _events_options(sub: argparse.ArgumentParser) -> None:
 
 
 def _events(options: argparse.Namespace, console: Console) -> dict[str, Any]:
-    with console.phase("events") as report:
-        result = write_events(options.masks, options.out, options.sources, progress=report)
-    print(f"{result['events']} events: {', '.join(str(p) for p in result['files'])}")
+    with console.phase("events"):
+        result = write_events(options.masks, options.out, options.sources or None)
+    counts = ", ".join(f"{number} {name}" for name, number in result["events"].items())
+    print(f"{counts} in {result['snapshots']} maps: {', '.join(result['files'])}")
     return result
 
 
@@ -267,7 +270,7 @@ def _jsonable(value: Any) -> Any:
         return {str(key): _jsonable(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [_jsonable(item) for item in value]
-    if hasattr(value, "item") and not isinstance(value, str):
+    if isinstance(value, np.generic):
         return _jsonable(value.item())
     if isinstance(value, float) and value != value:
         return None

@@ -46,7 +46,7 @@ def test_two_trials_on_two_cpus_and_again(tmp_path):
         result = run_campaign(settings)
         assert (result["trials"], result["finished"]) == (2, 2)
         assert result["best"] == {"learn.optim.lr": 1e-2}
-        rows = list(csv.DictReader(Path(result["results"]).open()))
+        rows = list(csv.DictReader(Path(result["results"]).read_text().splitlines()))
         assert [float(row["learn.optim.lr"]) for row in rows] == [1e-2, 1e-5]
         assert float(rows[0]["loss"]) < float(rows[1]["loss"])
         best = configuration.load(TrainConfig, configuration.read_yaml(result["best_config"]))
@@ -59,6 +59,24 @@ def test_two_trials_on_two_cpus_and_again(tmp_path):
         assert {path: path.stat().st_mtime_ns for path in (tmp_path / "c" / "trials").glob("*/steps.jsonl")} == before
         with pytest.raises(BadInput, match="other values of trials"):
             run_campaign(campaign(tmp_path / "c", tmp_path / "s", trials=9))
+    finally:
+        ray.shutdown()
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+@pytest.mark.timeout(900)
+def test_poor_trials_are_stopped_early_and_give_their_cpus_back(tmp_path):
+    ensure_ray(num_cpus=2)
+    try:
+        search, shards = {"learn.optim.lr": {"log": [1e-7, 1e-2]}}, write_shards(tmp_path / "s")
+        asha = {"searcher": "optuna", "scheduler": "asha", "trials": 6, "reduction": 2}
+        settings = campaign(tmp_path / "c", shards, search=search, train={**SMALL, "shards": str(shards), "steps": 400}, **asha)
+        result = run_campaign(settings)
+        assert result["trials"] == 6
+        assert result["finished"] >= 1
+        assert result["stopped"] >= 1
+        assert result["failed"] == 0
     finally:
         ray.shutdown()
 

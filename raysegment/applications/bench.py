@@ -6,14 +6,13 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from raysegment.archive.shards import Manifest, open_shards, write_shard
-from raysegment.archive.shards import TileId as Origin
+from raysegment.archive.shards import Manifest, TileId, open_shards, quantise, write_shard
 from raysegment.climate.rules import parse_rules
 from raysegment.climate.synthetic import SyntheticConfig, generate
 from raysegment.learning.flops import training_flops
@@ -29,7 +28,7 @@ class BenchConfig:
     batch: int = 2
     repeats: int = 5
     threads: int = 0
-    network: NetworkConfig = NetworkConfig()
+    network: NetworkConfig = field(default_factory=NetworkConfig)
 
     def __post_init__(self) -> None:
         if min(self.height, self.width, self.batch, self.repeats) < 1:
@@ -96,11 +95,11 @@ def _reading(config: BenchConfig, _: dict[str, float]) -> dict[str, float]:
     """Tiles from a shard against a plain memory map of the same bytes, both copied into a tensor."""
     made = [generate(SyntheticConfig(8, config.height, config.width), i) for i in range(8)]
     with tempfile.TemporaryDirectory() as folder:
-        tiles = [(s.fields, s.mask, Origin(f"bench-{i}.nc", 0, "", 0, 0)) for i, s in enumerate(made)]
+        tiles = [(s.fields, s.mask, TileId(f"bench-{i}.nc", 0, "", 0, 0)) for i, s in enumerate(made)]
         part = write_shard(Path(folder) / "part.arrow", tiles)
         Manifest.of([part], (config.height, config.width), made[0].grid, "bench").save(folder)
         shards = open_shards(folder)
-        np.save(Path(folder) / "plain.npy", np.stack([s.fields for s in made]).astype(np.float16))
+        np.save(Path(folder) / "plain.npy", np.stack([quantise(s.fields) for s in made]))
         plain = np.load(Path(folder) / "plain.npy", mmap_mode="r")
         ours = 8 / median_s(lambda: [torch.from_numpy(shards.tile(i).fields.copy()) for i in range(8)], config.repeats)
         theirs = 8 / median_s(lambda: [torch.from_numpy(np.array(plain[i])) for i in range(8)], config.repeats)

@@ -33,7 +33,7 @@ from raysegment.archive.shards import Manifest
 from raysegment.climate.checks import BadInput
 from raysegment.elastic.runs import Run, jsonable, read_lines
 from raysegment.elastic.settings import plain
-from raysegment.elastic.train import TrainConfig, train
+from raysegment.elastic.train import TrainConfig, train, use_gpu
 from raysegment.feed.session import ensure_ray
 
 SEARCHERS, SCHEDULERS = ("random", "grid", "optuna"), ("asha", "fifo")
@@ -208,8 +208,10 @@ def _scheduler(config: CampaignConfig) -> TrialScheduler:
 
 def _at_once(config: CampaignConfig) -> int:
     """Trials that fit beside each other: whole groups of workers, or the first would wait for the second's CPUs for ever."""
-    trial = config.trial(next(config.corners()))
-    fits = int(ray.cluster_resources().get("CPU", 1) / (trial.workers * trial.cpus_per_worker))
+    trial, have = config.trial(next(config.corners())), ray.cluster_resources()
+    fits = int(have.get("CPU", 1) / (trial.workers * trial.cpus_per_worker))
+    if use_gpu(trial):
+        fits = min(fits, int(have.get("GPU", 0) / trial.workers))
     return max(1, min(fits, config.at_once or fits))
 
 
@@ -330,8 +332,8 @@ def report(config: CampaignConfig, rows: list[dict[str, Any]]) -> str:
     lines = [
         f"# Campaign {Path(config.out).name}",
         "",
-        f"{len(rows)} trials, {config.searcher} search, {config.scheduler} scheduler, seed {config.seed}. Loss: mean over the last "
-        "tenth of a trial's steps.",
+        f"{len(rows)} trials, {config.searcher} search, {config.scheduler} scheduler, seed {config.seed}.",
+        "Loss: mean over the last tenth of a trial's steps.",
         "",
         "| " + " | ".join(columns) + " |",
         "|" + "---|" * len(columns),

@@ -61,7 +61,7 @@ class NetworkLabeller:
         read = read_checkpoint(self.checkpoint, training=False)
         network = build(read.facts.network).to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
         network.load_state_dict(read.weights)
-        column = lambda values: torch.tensor(values, dtype=torch.float32)[:, None, None]  # noqa: E731
+        column = lambda values: torch.tensor(values, dtype=torch.float32)[:, None, None]
         weights = read.facts.provenance.get("class_weights", [1.0] * len(read.facts.classes))
         return network.eval(), column(read.facts.mean), column(read.facts.std), column(weights), read.facts.spacing_deg
 

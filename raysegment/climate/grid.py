@@ -41,7 +41,7 @@ class Grid:
     @staticmethod
     def global_(height: int, width: int) -> Grid:
         """The global grid with rows on both poles and the first column at Greenwich (ClimateNet's, CAM's)."""
-        return Grid(np.linspace(-90.0, 90.0, height), np.arange(width) * (360.0 / width))
+        return Grid(np.linspace(-90.0, 90.0, height), np.arange(width, dtype=np.float64) * (360.0 / width))
 
     @property
     def shape(self) -> tuple[int, int]:

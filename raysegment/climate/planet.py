@@ -1,8 +1,8 @@
 """A planet for the synthetic archive: land, mountains, and the climate that its weather departs from.
 
 Zonal means are rounded values of reanalysis climatologies (seasonal means of the last decades), one number per latitude
-knot; between knots they are linear. A *run* is one planet: its own continents and its own biases, as the members of a
-perturbed-physics ensemble differ, so that nothing learnt on the archive can hang on one map or one model's mean state.
+knot; between knots they are linear. A *run* is one planet: its own mountains and its own biases, as the members of a
+perturbed-physics ensemble differ, so that nothing learnt on the archive can hang on one model's mean state.
 """
 
 from __future__ import annotations
@@ -59,13 +59,14 @@ class MeanState:
     thermal_equator_deg: float
 
 
-def make_planet(grid: Grid, seed: int, run: int) -> Planet:
-    """The planet of a run: about a third land in continents of some thousand kilometres, mountains on it, a polar plateau."""
+def make_planet(grid: Grid, seed: int, run: int, land: NDArray | None = None) -> Planet:
+    """The planet of a run: land (shares of cells, H×W) with mountains of its own and a polar plateau in the south.
+
+    Without `land` it has continents of its own: about a third of it, some thousand kilometres across.
+    """
     rng = np.random.default_rng([seed, run, 1])
     points = sphere_points(grid)
-    continents = smooth_noise(rng, points, 14000.0, 96, 3.0)
-    edge = np.quantile(continents, rng.uniform(0.62, 0.72))
-    land = np.clip(0.5 + (continents - edge) / 0.16, 0.0, 1.0)
+    land = _continents(rng, points) if land is None else np.asarray(land, np.float64)
     ridges = 1.0 - np.abs(smooth_noise(rng, points, 9000.0, 96, 3.0))
     rough = np.maximum(0.0, 0.6 * ridges + 0.35 * smooth_noise(rng, points, 3000.0, 96, 3.0))
     height_m = land * (120.0 + 2600.0 * rough**2)
@@ -73,6 +74,12 @@ def make_planet(grid: Grid, seed: int, run: int) -> Planet:
     land = np.maximum(land, south)
     height_m = np.minimum(np.maximum(height_m, 2700.0 * south * (0.8 + 0.2 * rough)), 5600.0)
     return Planet(grid, land, height_m, rng.normal(0.0, 0.8), float(np.exp(rng.normal(0.0, 0.06))), rng.uniform(0.75, 1.2))
+
+
+def _continents(rng: np.random.Generator, points: NDArray) -> NDArray:
+    noise = smooth_noise(rng, points, 14000.0, 96, 3.0)
+    edge = np.quantile(noise, rng.uniform(0.62, 0.72))
+    return np.clip(0.5 + (noise - edge) / 0.16, 0.0, 1.0)
 
 
 def mean_state(planet: Planet, season: float) -> MeanState:

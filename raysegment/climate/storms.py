@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.spatial import cKDTree
+from scipy.spatial import KDTree
 
 from raysegment.climate.grid import EARTH_RADIUS_KM, KM_PER_DEGREE, Grid, great_circle_km, unit_vectors
 
@@ -117,7 +117,7 @@ class Filament:
         lat, lon = np.asarray(self.lat), np.asarray(self.lon)
         east, north = _bearings(lat, lon)
         taper = np.minimum(1.0, np.minimum(np.arange(lat.size), np.arange(lat.size)[::-1]) / max(1.0, 0.15 * lat.size) + 0.25)
-        path = cKDTree(unit_vectors(lat, lon))
+        path = KDTree(unit_vectors(lat, lon))
         chord, index = path.query(unit_vectors(*np.meshgrid(grid.lat, grid.lon, indexing="ij")))
         best = 2 * EARTH_RADIUS_KM * np.arcsin(np.clip(chord / 2, 0.0, 1.0))
         return taper[index] * np.exp(-0.5 * (best / self.width_km) ** 2), east[index], north[index]

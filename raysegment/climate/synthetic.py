@@ -59,7 +59,8 @@ class SyntheticConfig:
     def grid(self) -> Grid:
         """Cell centres, half a spacing away from the poles, first column at Greenwich."""
         step = 180.0 / self.height
-        return Grid(np.linspace(-90 + step / 2, 90 - step / 2, self.height), np.arange(self.width) * (360.0 / self.width))
+        lon = np.arange(self.width, dtype=np.float64) * (360.0 / self.width)
+        return Grid(np.linspace(-90 + step / 2, 90 - step / 2, self.height), lon)
 
 
 @dataclass(frozen=True, eq=False)
@@ -111,13 +112,16 @@ class Drawn:
     rain: NDArray
 
 
-def generate(config: SyntheticConfig, index: int) -> SyntheticSnapshot:
-    """Snapshot `index` of the archive; the same for the same config, whatever else was generated."""
+def generate(config: SyntheticConfig, index: int, land: NDArray | None = None) -> SyntheticSnapshot:
+    """Snapshot `index` of the archive; the same for the same config and land, whatever else was generated.
+
+    `land` (H, W) is the share of each cell that is land; without it every run has continents of its own.
+    """
     rng = np.random.default_rng([config.seed, index])
     run = index % config.runs
     day = 1 + int((index + rng.random()) * 365 / config.snapshots) % 365
     season = float(np.cos(2 * np.pi * (day - 205) / 365.0))
-    planet = make_planet(config.grid, config.seed, run)
+    planet = make_planet(config.grid, config.seed, run, land)
     state = mean_state(planet, season)
     weather = draw_weather(rng, planet, state, index)
     fields, own_ivt = paint(rng, planet, state, weather)
@@ -166,8 +170,9 @@ def _tropical_place(rng, planet: Planet, equator: float, others, seam: float | N
         if others and seam is None and rng.random() < 0.25:
             lat = float(others[-1].lat + rng.normal(0.0, 2.0))
             lon = float((others[-1].lon + rng.choice([-1, 1]) * rng.uniform(7.5, 15.0)) % 360.0)
-        row, column = planet.grid.nearest(lat, lon)
-        dry = planet.land[row, column] > 0.5 and rng.random() > 0.1 and seam is None
+        if seam is not None and planet.land[planet.grid.nearest(lat, lon)] > 0.5:
+            lat = -lat  # Greenwich runs through Africa
+        dry = planet.land[planet.grid.nearest(lat, lon)] > 0.5 and rng.random() > 0.1 and seam is None
         if not dry and all(great_circle_km(lat, lon, o.lat, o.lon) > 750.0 for o in others):
             return lat, lon
     return None
@@ -250,7 +255,8 @@ def paint(rng: np.random.Generator, planet: Planet, state: MeanState, weather: W
     for vortex in (*weather.cyclones, *weather.depressions):
         psl, u850, v850, ubot, vbot, t500, t200 = _add_vortex(vortex, planet, psl, u850, v850, ubot, vbot, t500, t200)
     air = surface - planet.land * 1.0 + 0.6 * smooth_noise(rng, points, 1500.0)
-    drawn = Drawn(psl, u850, v850, ubot, vbot, t500, t200, water, surface, air, _rain(rng, points, planet, water, weather, profiles))
+    rain = _rain(rng, points, planet, water, weather, profiles)
+    drawn = Drawn(psl, u850, v850, ubot, vbot, t500, t200, water, surface, air, rain)
     fields = _assemble(rng, points, planet, state, drawn)
     ivt = fields[channels.INDEX["TMQ"]] * np.hypot(fields[channels.INDEX["U850"]], fields[channels.INDEX["V850"]])
     return fields, [np.where(cross > 0.5, ivt, 0.0) for cross, _, _ in profiles]

@@ -102,12 +102,13 @@ class TrainConfig:
 # What may differ when a run is continued: it changes how the result is reached, not the result.
 _FREE = ("shards", "out", "name", "epochs", "workers", "cpus_per_worker", "device", "feed", "checkpoint", "max_failures",
          "max_fruitless", "timeout_s", "chaos")  # fmt: skip
+_DERIVED = "learn.optim.total_steps"
 
 
 def identity(config: TrainConfig | Mapping[str, Any]) -> dict[str, Any]:
     """The keys (dotted) and values that make a run the run it is."""
     tree = config if isinstance(config, Mapping) else plain(config)
-    return {key: value for key, value in _flat(tree) if key.split(".")[0] not in _FREE}
+    return {key: value for key, value in _flat(tree) if key.split(".")[0] not in _FREE and key != _DERIVED}
 
 
 def plain(config: Any) -> dict[str, Any]:

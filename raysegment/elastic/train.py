@@ -28,7 +28,7 @@ from raysegment.feed.session import ensure_ray
 from raysegment.learning.flops import training_flops
 from raysegment.learning.step import initialise
 
-__all__ = ["CheckpointConfig", "TrainConfig", "train"]
+__all__ = ["CheckpointConfig", "TrainConfig", "train", "use_gpu"]
 
 Progress = Callable[[int, int, str], None]
 _TAIL_EVERY_S = 0.25
@@ -76,7 +76,7 @@ def _check_shards(run: Run, config: TrainConfig) -> None:
 
 def _trainer(config: TrainConfig, run: Run) -> TorchTrainer:
     """Ray Train's part. Its own bookkeeping is new for every call: what a run has reached is in our checkpoints alone."""
-    gpu = _use_gpu(config)
+    gpu = use_gpu(config)
     per_worker = {"CPU": config.cpus_per_worker, **({"GPU": 1} if gpu else {})}
     _check_room(config, per_worker)
     return TorchTrainer(
@@ -92,7 +92,8 @@ def _trainer(config: TrainConfig, run: Run) -> TorchTrainer:
     )
 
 
-def _use_gpu(config: TrainConfig) -> bool:
+def use_gpu(config: TrainConfig) -> bool:
+    """Whether the run's workers compute on GPUs, one each, of the cluster that this process is connected to."""
     if config.device == "auto":
         return ray.cluster_resources().get("GPU", 0) >= config.workers
     return config.device == "cuda"

@@ -44,7 +44,8 @@ def _driver_environment() -> dict[str, str]:
 
 
 def _worker_environment() -> dict[str, str]:
-    """What Ray's processes must see: where the package is, and quiet data pipelines."""
+    """What Ray's processes must see: where the package is, and what drivers see, for those that drive trials."""
     here = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
     paths = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
-    return {"PYTHONPATH": os.pathsep.join(dict.fromkeys([here, *paths])), "RAY_DATA_DISABLE_PROGRESS_BARS": "1"}
+    own = {"PYTHONPATH": os.pathsep.join(dict.fromkeys([here, *paths])), "RAY_DATA_DISABLE_PROGRESS_BARS": "1"}
+    return {**{name: os.environ.get(name, value) for name, value in _driver_environment().items()}, **own}

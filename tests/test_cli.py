@@ -1,0 +1,111 @@
+"""Every verb through its command line: what it prints, its JSON, its exit codes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from raysegment.cli import BAD_INPUT, VERBS, main, parser
+from tests.helpers import real_data
+
+MAP, TRACKS = "gfs_2011-10-11T00.nc", "ibtracs_2011-10-11T00.csv"
+TINY = ["workers=2", "cpus_per_worker=0.5", "steps=6", "network.tiramisu.first=8", "network.tiramisu.growth=4",
+        "network.tiramisu.blocks=[1, 1, 1]", "learn.global_batch=4", "learn.micro_batch=2"]  # fmt: skip
+
+
+def run(capsys: pytest.CaptureFixture[str], *words: object) -> dict:
+    """The JSON object in the last line of what a verb prints."""
+    assert main([str(word) for word in (*words, "--json")]) == 0
+    return json.loads(capsys.readouterr().out.strip().splitlines()[-1])
+
+
+@pytest.mark.parametrize("verb", VERBS, ids=lambda verb: verb.name)
+def test_help_has_an_example_that_parses(verb, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as done:
+        main([verb.name, "--help"])
+    assert done.value.code == 0
+    assert verb.example in capsys.readouterr().out
+    words = verb.example.split()
+    assert words[:2] == ["raysegment", verb.name]
+    assert parser().parse_args(words[1:]).verb is verb
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["inspect", "/nowhere"],
+        ["segment", "/nowhere", "--labeller", "rules:default", "--out", "x"],
+        ["stage", "/nowhere", "--out", "x"],
+        ["train", "no-such-preset"],
+        ["train", "stepz=3"],
+        ["train", "small"],
+        ["train", "small", "shards=/nowhere"],
+        ["synthesize", "x", "snapshots=0"],
+        ["evaluate", "/nowhere", "/nowhere"],
+        ["events", "/nowhere", "--out", "x"],
+        ["map", "/nowhere", "--out", "x.png"],
+        ["tune", "/nowhere.yaml"],
+        ["bench", "repeats=0"],
+        ["demo", "steps=none", "--out", "x"],
+        ["demo", "--map", "/nowhere.nc", "--out", "x"],
+    ],
+    ids=" ".join,
+)
+def test_bad_input_is_exit_code_2_with_expected_and_got(
+    words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(words) == BAD_INPUT
+    message = " ".join(capsys.readouterr().err.split())
+    assert f"raysegment {words[0]}:" in message
+    assert "expected" in message
+    assert "got" in message
+    assert not list(tmp_path.iterdir()), "nothing half-written stays behind"
+
+
+def test_unknown_rule_suggests(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = real_data(MAP)
+    assert main(["segment", str(source), "--labeller", "rules:tempset", "--out", str(tmp_path / "m")]) == BAD_INPUT
+    assert "Did you mean tempest" in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.ray
+def test_tutorial_on_a_real_map(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The README's tutorial: a real map by rules, staged, trained on, and labelled by what was trained."""
+    source = real_data(MAP)
+    masks, shards, out = tmp_path / "masks", tmp_path / "shards", tmp_path / "run"
+    by_rules = run(capsys, "segment", source, "--labeller", "rules:default", "--out", masks)
+    assert (by_rules["written"], by_rules["snapshots"]) == (1, 1)
+    staged = run(capsys, "stage", source, "--masks", masks, "--out", shards, "--tile", "40x48")
+    assert staged["tiles"] == 6
+    assert all(count > 0 for count in staged["class_counts"])
+    trained = run(capsys, "train", "small", f"shards={shards}", f"out={out}", *TINY)
+    assert {"steps", "samples", "samples_per_s", "loss_first", "loss_last", "checkpoint"} <= set(trained)
+    assert (trained["steps"], trained["samples"]) == (6, 24)
+    learnt = tmp_path / "learnt"
+    assert run(capsys, "segment", source, "--labeller", trained["checkpoint"], "--out", learnt, "--probabilities")["written"] == 1
+    score = run(capsys, "evaluate", learnt, masks)
+    assert set(score["iou"]) == {"background", "cyclone", "river", "mean"}
+    assert sum(map(sum, score["confusion"])) == 73 * 144
+    assert score["snapshots"] == 1
+    assert 0 <= score["mlperf_iou"] <= 1
+    assert run(capsys, "evaluate", masks, masks)["iou"] == {"background": 1.0, "cyclone": 1.0, "river": 1.0, "mean": 1.0}
+    events = run(capsys, "events", masks, "--sources", source, "--out", tmp_path / "events")
+    assert events["events"]["tropical_cyclone"] >= 2
+    assert all(Path(file).exists() for file in events["files"])
+    drawn = ["--masks", *masks.glob("*.nc"), "--tracks", real_data(TRACKS), "--out", tmp_path / "map.png"]
+    picture = run(capsys, "map", source, *drawn)
+    assert Path(picture["picture"]).read_bytes().startswith(b"\x89PNG")
+    for path, kind in ((source, "source"), (shards, "shards"), (out, "run"), (trained["checkpoint"], "checkpoint")):
+        assert run(capsys, "inspect", path)["kind"] == kind
+
+
+@pytest.mark.ray
+def test_bench_measures_beside_the_limits(capsys: pytest.CaptureFixture[str]) -> None:
+    result = run(capsys, "bench", "height=32", "width=64", "batch=1", "repeats=1", "threads=1", "network.tiramisu.first=8",
+                 "network.tiramisu.growth=4", "network.tiramisu.kernel=3", "network.tiramisu.blocks=[1, 1]")  # fmt: skip
+    assert result["limit_bfloat16_gflop_s"] > 1
+    assert 0 < result["training_bfloat16_share_of_limit"] < 1
+    assert result["tiles_per_s"] > 0
