@@ -76,13 +76,20 @@ class TrainConfig:
         return max(1, int(self.cpus_per_worker))
 
     def resolved(self, manifest: Manifest) -> TrainConfig:
-        """With `steps` and the schedule's length filled in, checked against the shards; BadInput where they do not fit."""
+        """With `steps` and the schedule's length filled in, checked against the shards; BadInput where they do not fit.
+
+        `learn.augment.roll` is switched off for tiles that do not close the circle.
+        """
         self._check_tiles(manifest)
         steps = self.steps or self.order(manifest).steps(self.epochs)
         total = self.learn.optim.total_steps
         if total not in (OptimConfig().total_steps, steps):
             raise BadInput("learn.optim.total_steps", f"the run's {steps} steps", total, "Leave it out: `steps` decides.")
-        return replace(self, steps=steps, learn=replace(self.learn, optim=replace(self.learn.optim, total_steps=steps)))
+        augment = self.learn.augment
+        if not manifest.periodic:  # a tile that does not close the circle has no other side to roll in from
+            augment = replace(augment, roll=False)
+        learn = replace(self.learn, optim=replace(self.learn.optim, total_steps=steps), augment=augment)
+        return replace(self, steps=steps, learn=learn)
 
     def order(self, manifest: Manifest) -> Order:
         return Order(manifest.tiles, self.learn.global_batch, self.learn.micro_batch, self.learn.seed)
