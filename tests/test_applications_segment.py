@@ -89,9 +89,9 @@ def test_budget_is_a_share_below_one_and_a_number_from_one_on(limit: float, file
 
 def test_budget_and_report(tmp_path: Path) -> None:
     row = Skipped("a.nc", "16 channels", "15", "Add TS.")
-    check_budget([row], 100, 0.01, tmp_path / "skipped.csv")
+    check_budget([row], 100, 1, tmp_path / "skipped.csv")
     with pytest.raises(BadInput, match="Add TS"):
-        check_budget([row, row], 100, 0.01, tmp_path / "skipped.csv")
+        check_budget([row, row], 100, 1, tmp_path / "skipped.csv")
     with pytest.raises(BadInput, match="share below 1"):
         allowed(-1, 3)
     write_skipped(tmp_path / "skipped.csv", [row])

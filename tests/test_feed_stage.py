@@ -131,17 +131,18 @@ def test_bad_files_are_left_out_within_the_budget_only(archive, tmp_path, bad):
     victim = sorted(archive.iterdir())[bad]
     spoil(victim)
     out = tmp_path / "s"
-    with pytest.raises(BadInput, match="at most 0 of 5"):
+    with pytest.raises(BadInput, match="1 of 5 files are bad"):
         stage([archive], None, out)
     assert not (out / "manifest.json").exists()
     for budget in (1, 0.2):
         report = stage([archive], None, out, max_skipped=budget)
         assert report.tiles == 4
-        assert [path for path, _ in report.skipped] == [str(victim)]
+        assert [row.file for row in report.skipped] == [str(victim)]
         rows = list(csv.DictReader((out / "skipped.csv").open()))
-        assert [row["source"] for row in rows] == [str(victim)]
-        assert "expected" in rows[0]["reason"]
-    with pytest.raises(BadInput, match="at most 0 of 5"):
+        assert [row["file"] for row in rows] == [str(victim)]
+        assert rows[0]["expected"]
+        assert rows[0]["got"]
+    with pytest.raises(BadInput, match="1 of 5 files are bad"):
         stage([archive], None, out, max_skipped=0.19)
     assert not (out / "manifest.json").exists()
 
@@ -152,7 +153,7 @@ def test_other_grids_and_missing_labels_are_bad_files(tmp_path):
     write_archive(tmp_path / "a" / "y", 1, labels=False)
     report = stage([tmp_path / "a"], None, tmp_path / "s", max_skipped=2)
     assert sorted(Manifest.load(tmp_path / "s").sources) == ["data-2000-01-01-00-1.nc", "data-2000-01-02-00-1.nc"]
-    reasons = " ".join(reason for _, reason in report.skipped)
+    reasons = " ".join(row.expected for row in report.skipped)
     assert "grid" in reasons
     assert "labels inside" in reasons
 

@@ -20,7 +20,7 @@ import torch
 
 from raysegment.applications.labellers import Labeller, parse_labeller
 from raysegment.archive.masks import mask_path, write_masks
-from raysegment.archive.skipped import Skipped, check_budget, write_skipped
+from raysegment.archive.skipped import Skipped, allowed, check_budget, write_skipped
 from raysegment.archive.snapshots import list_sources, open_source
 from raysegment.climate.checks import BadInput
 from raysegment.feed.session import ensure_ray
@@ -65,7 +65,7 @@ def segment(
     try:
         for row in _label_all(todo, chosen, out, config):
             _note(report, row)
-            check_budget(report.skipped, len(paths), config.max_skipped, out / "skipped.csv")
+            check_budget(report.skipped, len(paths), allowed(config.max_skipped, len(paths)), out / "skipped.csv")
             if progress:
                 progress(len(report.written) + len(report.complete) + len(report.skipped), len(paths))
     finally:

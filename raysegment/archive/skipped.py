@@ -30,14 +30,13 @@ class Skipped:
 
 def allowed(max_skipped: float, files: int) -> int:
     """How many of `files` may be skipped: `max_skipped` below 1 is a share, from 1 on a number."""
-    if max_skipped < 0:
+    if not 0 <= max_skipped < float("inf"):
         raise BadInput("--max-skipped", "0, a share below 1, or a number of files", max_skipped, "Write for example 0.01 or 5.")
-    return int(max_skipped * files) if max_skipped < 1 else int(max_skipped)
+    return int(max_skipped * files + 1e-9) if max_skipped < 1 else int(max_skipped)
 
 
-def check_budget(skipped: Sequence[Skipped], files: int, max_skipped: float, report: Path) -> None:
-    """BadInput that carries the first reason as soon as more files are bad than allowed."""
-    budget = allowed(max_skipped, files)
+def check_budget(skipped: Sequence[Skipped], files: int, budget: int, report: Path) -> None:
+    """BadInput that carries the first reason as soon as more than `budget` of `files` are bad."""
     if len(skipped) > budget:
         first = skipped[0]
         raise BadInput(

@@ -101,7 +101,8 @@ def _device(config: TrainConfig) -> torch.device:
     if config.learn.exchange != "fast":
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True, warn_only=True)
-        torch.utils.deterministic.fill_uninitialized_memory = False  # a debugging aid that writes every new tensor twice
+        # A debugging aid that writes every new tensor twice; no result depends on it.
+        torch.utils.deterministic.fill_uninitialized_memory = False  # pyright: ignore[reportAttributeAccessIssue]
         torch.backends.cudnn.benchmark = False
     return device
 

@@ -8,10 +8,8 @@ the manifest's bytes depend neither on the number of processes nor on the order 
 
 from __future__ import annotations
 
-import csv
 import hashlib
 import json
-import math
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -28,6 +26,7 @@ from raysegment.archive.files import committed
 from raysegment.archive.masks import Masks, mask_path, read_masks
 from raysegment.archive.moments import Moments
 from raysegment.archive.shards import MANIFEST, Manifest, Part, ShardWriter, TileId
+from raysegment.archive.skipped import Skipped, allowed, check_budget, write_skipped
 from raysegment.archive.snapshots import Source, list_sources, open_source
 from raysegment.climate.channels import NAMES
 from raysegment.climate.checks import BadInput
@@ -80,7 +79,7 @@ class StageReport:
     seconds: float
     parts_reused: int
     class_counts: tuple[int, ...]
-    skipped: tuple[tuple[str, str], ...]
+    skipped: tuple[Skipped, ...]
 
 
 @dataclass(frozen=True)
@@ -133,7 +132,7 @@ class _Result:
 
     part: Part | None
     labels: tuple[str, ...]
-    skipped: tuple[tuple[str, str], ...]
+    skipped: tuple[Skipped, ...]
     files: int
     reused: bool = False
 
@@ -163,9 +162,9 @@ def stage(
     paths = list_sources(sources)
     items = _items(paths, masks_dir)
     _clear(out)
-    grid, snapshots = _first_grid(items, _allowed(max_skipped, len(items)), out)
+    grid, snapshots = _first_grid(items, allowed(max_skipped, len(items)), out)
     jobs = _jobs(items, grid, config, snapshots, out)
-    results = _make(jobs, _allowed(max_skipped, len(items)), out, progress or (lambda done, total: None))
+    results = _make(jobs, allowed(max_skipped, len(items)), out, progress or (lambda done, total: None))
     manifest = _finish(results, grid, config, out)
     return StageReport(
         out, manifest.tiles, manifest.snapshots, len(manifest.shards), len(items),
@@ -194,19 +193,19 @@ def _items(paths: list[Path], masks_dir: str | Path | None) -> list[_Item]:
     return [_Item(str(path), name, mask) for path, name, mask in zip(paths, names, masks, strict=True)]
 
 
-def _first_grid(items: list[_Item], allowed: int, out: Path) -> tuple[Grid, int]:
+def _first_grid(items: list[_Item], budget: int, out: Path) -> tuple[Grid, int]:
     """Grid and number of snapshots of the first file that can be opened; BadInput when too many before it cannot."""
-    bad: list[tuple[str, str]] = []
+    bad: list[Skipped] = []
     for item in items:
         try:
             with open_source(item.path) as source:
                 return source.axes.grid, source.count
         except BadInput as error:
-            bad.append((item.path, str(error)))
-        if len(bad) > allowed:
+            bad.append(Skipped.of(item.path, error))
+        if len(bad) > budget:
             break
-    _write_skipped(out, tuple(bad))
-    _check_budget(tuple(bad), min(allowed, len(items) - 1), len(items), out)
+    write_skipped(out / SKIPPED, bad)
+    check_budget(bad, len(items), min(budget, len(items) - 1), out / SKIPPED)
     raise AssertionError("a list of sources is not empty")
 
 
@@ -223,7 +222,7 @@ def _jobs(items: list[_Item], grid: Grid, config: StageConfig, snapshots: int, o
     return [_Job(number, group, lat, lon, config.tile, str(out)) for number, group in enumerate(groups)]
 
 
-def _make(jobs: list[_Job], allowed: int, out: Path, progress: Callable[[int, int], None]) -> list[_Result]:
+def _make(jobs: list[_Job], budget: int, out: Path, progress: Callable[[int, int], None]) -> list[_Result]:
     """All parts, those found complete and those made now; stops with BadInput when too many files cannot be used."""
     known = [_read_record(job) for job in jobs]
     missing = [job for job, result in zip(jobs, known, strict=True) if result is None]
@@ -234,10 +233,10 @@ def _make(jobs: list[_Job], allowed: int, out: Path, progress: Callable[[int, in
         results.append(result)
         done += result.files
         progress(done, total)
-        if len(_skipped(results)) > allowed:
+        if len(_skipped(results)) > budget:
             break
-    _write_skipped(out, _skipped(results))
-    _check_budget(_skipped(results), allowed, total, out)
+    write_skipped(out / SKIPPED, _skipped(results))
+    check_budget(_skipped(results), total, budget, out / SKIPPED)
     return results
 
 
@@ -267,7 +266,7 @@ def _make_part(batch: Any) -> Any:
 
 def _write_part(job: _Job) -> _Result:
     """The shard of all files of a part that can be used; one that turns out bad half-way starts the shard anew without it."""
-    skipped: list[tuple[str, str]] = []
+    skipped: list[Skipped] = []
     items = list(job.items)
     while items:
         labels: set[str] = set()
@@ -277,7 +276,7 @@ def _write_part(job: _Job) -> _Result:
                     _add_file(writer, item, job, labels)
             return _Result(writer.part, tuple(sorted(labels)), tuple(skipped), len(job.items))
         except _BadFile as error:
-            skipped.append((error.item.path, str(error)))
+            skipped.append(Skipped.of(error.item.path, error.reason))
             items.remove(error.item)
     with suppress(FileNotFoundError):
         job.shard.unlink()
@@ -347,27 +346,8 @@ def _finish(results: list[_Result], grid: Grid, config: StageConfig, out: Path) 
     return manifest
 
 
-def _allowed(max_skipped: float, files: int) -> int:
-    """How many files may be left out: a share of them below 1, a count from 1 on."""
-    if max_skipped < 0 or not math.isfinite(max_skipped):
-        raise BadInput("max_skipped", "a count, or a share below 1", max_skipped, "Write for example 0.01 or 3.")
-    return int(max_skipped * files + 1e-9) if max_skipped < 1 else int(max_skipped)
-
-
-def _skipped(results: list[_Result]) -> tuple[tuple[str, str], ...]:
-    return tuple(sorted(row for result in results for row in result.skipped))
-
-
-def _check_budget(skipped: tuple[tuple[str, str], ...], allowed: int, files: int, out: Path) -> None:
-    if len(skipped) > allowed:
-        reasons = "\n".join(f"  {reason}" for _, reason in skipped[:3])
-        remedy = f"Correct or remove them, or raise --max-skipped; all are in {out / SKIPPED}.\n{reasons}"
-        raise BadInput(out, f"at most {allowed} of {files} source files that cannot be used", f"{len(skipped)} or more", remedy)
-
-
-def _write_skipped(out: Path, skipped: tuple[tuple[str, str], ...]) -> None:
-    with committed(out / SKIPPED) as temporary, temporary.open("w", newline="") as file:
-        csv.writer(file).writerows([("source", "reason"), *skipped])
+def _skipped(results: list[_Result]) -> tuple[Skipped, ...]:
+    return tuple(sorted((row for result in results for row in result.skipped), key=lambda row: row.file))
 
 
 def _fingerprint(path: str) -> tuple[str, int, int] | tuple[str]:
@@ -399,7 +379,7 @@ def _result_text(result: _Result) -> dict[str, Any]:
         moments = result.part.moments
         sums = {name: [str(x) for x in getattr(moments, name)] for name in ("total", "squares")}
         part = {**result.part.entry, "snapshots": sorted(result.part.snapshots), "moments": {**asdict(moments), **sums}}
-    return {"part": part, "labels": result.labels, "skipped": result.skipped, "files": result.files}
+    return {"part": part, "labels": result.labels, "skipped": [row.row() for row in result.skipped], "files": result.files}
 
 
 def _result_from(record: dict[str, Any], reused: bool = False) -> _Result:
@@ -409,5 +389,5 @@ def _result_from(record: dict[str, Any], reused: bool = False) -> _Result:
         rest = {name: tuple(part["moments"][name]) for name in ("minimum", "maximum", "class_counts")}
         moments = Moments(pixels=part["moments"]["pixels"], **exact, **rest)
         part = Part(**{**part, "snapshots": frozenset((name, index) for name, index in part["snapshots"]), "moments": moments})
-    skipped = tuple((path, reason) for path, reason in record["skipped"])
+    skipped = tuple(Skipped(**row) for row in record["skipped"])
     return _Result(part, tuple(record["labels"]), skipped, record["files"], reused)
