@@ -2,7 +2,7 @@
 # Runs a raysegment verb as a job of a running Ray cluster:   cluster/submit.sh train small shards=/data/shards out=/data/runs/a
 #
 # RAY_ADDRESS    the dashboard's address, e.g. http://head:8265   (needed)
-# RAY_AUTH_TOKEN the cluster's token, where it asks for one        (the ray command reads it by itself)
+# RAY_AUTH_TOKEN the cluster's token, where it asks for one        (or a file: RAY_AUTH_TOKEN_PATH, ~/.ray/auth_token)
 # SUBMISSION_ID  the job's name                                    (default: verb and time)
 #
 # The cluster's nodes have the package installed; nothing is uploaded. Give paths that every node can see. The job runs
@@ -13,4 +13,7 @@ if [ $# -eq 0 ]; then
     exit 2
 fi
 : "${RAY_ADDRESS:?submit.sh: expected the dashboard address, got nothing. Set RAY_ADDRESS=http://HEAD:8265}"
+if [ -n "${RAY_AUTH_TOKEN:-}${RAY_AUTH_TOKEN_PATH:-}" ] || [ -f "$HOME/.ray/auth_token" ]; then
+    export RAY_AUTH_MODE="${RAY_AUTH_MODE:-token}" # the ray command sends no token unless it is told to
+fi
 exec ray job submit --address "$RAY_ADDRESS" --submission-id "${SUBMISSION_ID:-$1-$(date +%Y%m%d-%H%M%S)}" -- python -m raysegment "$@"

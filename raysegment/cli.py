@@ -46,7 +46,7 @@ class Verb:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one verb; 0 when it worked, 2 for bad input (with expected, got, remedy), 1 for any other failure."""
-    options = parser().parse_args(arguments)
+    options = parse(arguments)
     console = Console()
     try:
         result = options.verb.run(options, console)
@@ -60,6 +60,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
         print(json.dumps(_jsonable(result)), flush=True)
     return 0
+
+
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line, with key=value allowed anywhere in it (argparse stops taking words at the first --option)."""
+    top = parser()
+    options, rest = top.parse_known_args(arguments)
+    strange = [word for word in rest if "=" not in word or word.startswith("-")]
+    if strange or (rest and not hasattr(options, "options")):
+        top.error(f"expected options of {options.verb.name}, got {' '.join(strange or rest)}; see --help")
+    if rest:
+        options.options = [*options.options, *rest]
+    return options
 
 
 def parser() -> argparse.ArgumentParser:
@@ -132,12 +144,12 @@ def _stage_options(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("sources", nargs="+", help="archive files, folders or patterns")
     sub.add_argument("--masks", type=Path, help="folder of mask files; without it the labels inside the source files")
     sub.add_argument("--out", type=Path, required=True, help="folder for the shards")
-    sub.add_argument("--tile", type=StageConfig.parse_tile, help="rows x columns of a tile, e.g. 64x144 (default: whole maps)")
+    sub.add_argument("--tile", help="rows x columns of a tile, e.g. 64x144 (default: whole maps)")
     sub.add_argument("--max-skipped", type=float, default=0.0, help="bad files allowed: share below 1 or number (default 0)")
 
 
 def _stage(options: argparse.Namespace, console: Console) -> dict[str, Any]:
-    settings = StageConfig(tile=options.tile)
+    settings = StageConfig(tile=StageConfig.parse_tile(options.tile) if options.tile else None)
     with console.phase("stage") as report:
         result = stage(options.sources, options.masks, options.out, settings, options.max_skipped, report)
     print(f"{result.tiles} tiles of {result.snapshots} snapshots in {result.shards} shards: {result.out}")
@@ -149,11 +161,13 @@ def _stage(options: argparse.Namespace, console: Console) -> dict[str, Any]:
 
 def _train_options(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("config", nargs="?", help="a YAML file, or the name of a shipped one: " + ", ".join(_shipped()))
-    sub.add_argument("options", nargs="*", metavar="key=value", help="override keys, e.g. shards=DIR steps=500 out=runs/a")
+    sub.add_argument("options", nargs="*", metavar="key=value", help="override keys, e.g. shards=DIR steps=500")
+    sub.add_argument("--out", help="the run's folder, short for out=DIR")
 
 
 def _train(options: argparse.Namespace, console: Console) -> dict[str, Any]:
     source, overrides = _config_and_overrides(options.config, options.options)
+    overrides += [f"out={options.out}"] if options.out else []
     settings = _configured(TrainConfig, source, overrides)
     with console.phase("train") as report:
         result = train(settings, report)

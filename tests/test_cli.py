@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from raysegment.cli import BAD_INPUT, VERBS, main, parser
+from raysegment.cli import BAD_INPUT, VERBS, main, parse, parser
 from tests.helpers import real_data
 
 MAP, TRACKS = "gfs_2011-10-11T00.nc", "ibtracs_2011-10-11T00.csv"
@@ -63,6 +63,21 @@ def test_bad_input_is_exit_code_2_with_expected_and_got(
     assert "expected" in message
     assert "got" in message
     assert not list(tmp_path.iterdir()), "nothing half-written stays behind"
+
+
+def test_overrides_may_stand_anywhere() -> None:
+    words = ["train", "small", "--json", "steps=3", "--out", "runs/x", "workers=1"]
+    options = parse(words)
+    assert (options.config, options.options, options.out, options.json) == ("small", ["steps=3", "workers=1"], "runs/x", True)
+    for strange in (["train", "--stepz", "3"], ["inspect", "a", "b"], ["inspect", "a", "b=c"]):
+        with pytest.raises(SystemExit) as done:
+            parse(strange)
+        assert done.value.code == BAD_INPUT
+
+
+def test_a_tile_that_is_none_is_bad_input(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["stage", str(tmp_path), "--out", str(tmp_path / "s"), "--tile", "axb"]) == BAD_INPUT
+    assert "expected rows x columns" in " ".join(capsys.readouterr().err.split())
 
 
 def test_unknown_rule_suggests(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -173,6 +173,7 @@ def test_nothing_usable_is_an_error(tmp_path):
 
 def test_tile_sizes_are_read_as_written():
     assert StageConfig.parse_tile("256x384") == (256, 384)
-    for text in ("256", "axb", "0x3", "3x-1"):
+    assert StageConfig.parse_tile("64") == (64, 64)
+    for text in ("axb", "", "0x3", "3x-1"):
         with pytest.raises(BadInput, match="256x384"):
             StageConfig.parse_tile(text)

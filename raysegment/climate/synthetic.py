@@ -290,7 +290,7 @@ def _balanced_wind(rng, points: NDArray, planet: Planet, state: MeanState, psl: 
     u, v = u * (1.0 - 0.55 * equatorial), v * (1.0 - 0.55 * equatorial)
     stream = smooth_noise(rng, points, 7000.0, 128, 2.0)
     stream_e, stream_n = gradient(stream, grid)
-    norm = 3.2 / max(float(np.std(stream_e[grid.shape[0] // 3 : -grid.shape[0] // 3])), 1e-12)
+    norm = 2.2 / max(float(np.std(stream_e[grid.shape[0] // 3 : -grid.shape[0] // 3])), 1e-12)
     u = u + state.u850_m_s - norm * equatorial * stream_n + rng.uniform(0.3, 1.2) * smooth_noise(rng, points, 1100.0)
     v = v + norm * equatorial * stream_e + rng.uniform(0.3, 1.2) * smooth_noise(rng, points, 1100.0)
     return _saturate(u, v, 38.0)
@@ -310,8 +310,8 @@ def _turned(u: NDArray, v: NDArray, angle: NDArray) -> tuple[NDArray, NDArray]:
 def _upper_air(rng, points, planet: Planet, state: MeanState, weather: Weather) -> tuple[NDArray, NDArray]:
     """Temperatures at 500 and 200 hPa (K): waves, and the cold troughs of lows with the warm lowered tropopause above."""
     grid = planet.grid
-    n500 = spread(np.array([0.6, 0.9, 2.0, 3.4, 3.4, 3.2, 2.5]), grid) * smooth_noise(rng, points, 6500.0, 160, 2.0)
-    n200 = spread(np.array([0.7, 0.9, 1.7, 3.2, 4.2, 3.0, 2.0]), grid) * smooth_noise(rng, points, 6500.0, 160, 2.0)
+    n500 = spread(np.array([0.6, 0.9, 2.0, 4.0, 4.2, 3.6, 2.5]), grid) * smooth_noise(rng, points, 6500.0, 160, 2.0)
+    n200 = spread(np.array([0.7, 0.8, 1.9, 4.4, 5.6, 4.0, 2.5]), grid) * smooth_noise(rng, points, 6500.0, 160, 2.0)
     fine = rng.uniform(0.15, 0.5)
     t500 = state.t500_k + n500 + fine * smooth_noise(rng, points, 900.0)
     t200 = state.t200_k + n200 - 0.35 * n500 + fine * smooth_noise(rng, points, 900.0)
@@ -340,7 +340,8 @@ def _humidity(rng, points, planet: Planet, state: MeanState, weather: Weather, p
 def _surface_noise(rng, points, planet: Planet, weather: Weather) -> NDArray:
     """Departures of the ground's temperature (K): small over sea, day and night and dryness over land."""
     grid = planet.grid
-    noise = (0.8 + 2.2 * planet.land) * smooth_noise(rng, points, 5000.0, 128, 3.0)
+    wavy = spread(np.array([0.8, 0.9, 1.6, 2.6, 2.8, 2.5, 2.0]), grid)  # currents and fronts in the westerlies
+    noise = (wavy + 2.0 * planet.land) * smooth_noise(rng, points, 5000.0, 128, 3.0)
     for low in weather.heat_lows:
         noise = noise - low.cold_k * low.shape(grid) * planet.land
     return noise + planet.land * 5.0 * np.cos(np.deg2rad(grid.lon[None, :] - rng.uniform(0.0, 360.0)))
@@ -405,8 +406,8 @@ def _rain(rng, points, planet: Planet, water, weather: Weather, profiles) -> NDA
     showers = np.maximum(0.0, smooth_noise(rng, points, 900.0, 160, 1.0) + 0.35 * smooth_noise(rng, points, 4000.0) - 0.5)
     rain = 2.4e-7 * moist * showers**2 * rng.gamma(1.0, 1.0, grid.shape)
     for low in weather.lows:
-        patches = np.clip(0.5 + smooth_noise(rng, points, 1500.0, 32), 0.0, 2.0)
-        rain = rain + 1.2e-11 * low.depth_pa * low.shape(grid, 0.5 * low.radius_km) * patches
+        patches = np.clip(0.5 + smooth_noise(rng, points, 1500.0, 32), 0.0, 2.0) ** 2
+        rain = rain + 2.0e-11 * low.depth_pa * low.shape(grid, 0.5 * low.radius_km) * patches
     for filament, (cross, _, _) in zip(weather.filaments, profiles, strict=True):
         rain = rain + 5e-8 * cross**2 * (filament.jet_m_s / 15.0) * rng.gamma(1.0, 1.0, grid.shape)
     for vortex in (*weather.cyclones, *weather.depressions):

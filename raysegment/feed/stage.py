@@ -59,9 +59,10 @@ class StageConfig:
 
     @staticmethod
     def parse_tile(text: str) -> tuple[int, int]:
-        """`"256x384"` → (256, 384) rows by columns."""
-        rows, cross, columns = text.lower().partition("x")
-        if not (cross and rows.isdigit() and columns.isdigit() and int(rows) and int(columns)):
+        """`"256x384"` → (256, 384) rows by columns; `"256"` is a square."""
+        rows, cross, columns = text.lower().replace(",", "x").partition("x")
+        columns = columns if cross else rows
+        if not (rows.isdigit() and columns.isdigit() and int(rows) and int(columns)):
             raise BadInput("tile", "rows x columns, like 256x384", repr(text), "Write --tile 256x384.")
         return int(rows), int(columns)
 
