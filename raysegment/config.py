@@ -37,7 +37,7 @@ def apply_overrides(mapping: Mapping[str, Any], overrides: Iterable[str]) -> dic
         key, equals, value = override.partition("=")
         if not equals or not key:
             raise BadInput(override, "key=value", override, "Write for example `optim.lr=1e-3`.")
-        _set(result, key.split("."), _scalar(value))
+        _set(result, key.split("."), scalar(value))
     return result
 
 
@@ -67,7 +67,7 @@ def _set(mapping: dict[str, Any], path: list[str], value: Any) -> None:
     mapping[path[-1]] = value
 
 
-def _scalar(text: str) -> Any:
+def scalar(text: str) -> Any:
     """YAML's reading of a value, and `1e-3` as the number it is (YAML 1.1 wants `1.0e-3`)."""
     value = yaml.safe_load(text)
     if isinstance(value, str):
@@ -83,7 +83,7 @@ def _copy(mapping: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _number(value: Any) -> Any:
-    return _scalar(value) if isinstance(value, str) and value[:1] in "+-.0123456789" and "e" in value.lower() else value
+    return scalar(value) if isinstance(value, str) and value[:1] in "+-.0123456789" and "e" in value.lower() else value
 
 
 def _refuse_unknown(cls: type, mapping: Mapping[str, Any], prefix: str, where: str | Path) -> None:

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from raysegment.applications.evaluate import class_iou, confusion, evaluate, mlperf_iou, regions
+from raysegment.applications.evaluate import evaluate, regions
 from raysegment.applications.events_table import COLUMNS, write_events
 from raysegment.applications.tracks import Storm, read_tracks, storm_distances
 from raysegment.archive.axes import Axes
@@ -24,6 +24,8 @@ from raysegment.climate.checks import BadInput
 from raysegment.climate.cyclones import Cyclone
 from raysegment.climate.events import Event
 from raysegment.climate.grid import Grid
+from raysegment.learning.metrics import confusion, mlperf_iou
+from raysegment.learning.metrics import iou as class_iou
 from tests.helpers import real_data
 from tests.weather import add_vortex, quiet
 

@@ -17,7 +17,7 @@ from raysegment.climate.checks import BadInput
 from raysegment.climate.rules import parse_rules
 from raysegment.climate.synthetic import SyntheticConfig
 
-pytestmark = pytest.mark.ray
+pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("two_cpus")]
 CONFIG = SyntheticConfig(snapshots=5, height=36, width=72)
 
 

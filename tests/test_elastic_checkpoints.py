@@ -109,7 +109,7 @@ def test_a_writer_that_dies_leaves_no_checkpoint(tmp_path, monkeypatch):
     def die(*_):
         raise KeyboardInterrupt
 
-    for victim in ("_put", "_fsync", "_facts_json"):
+    for victim in ("_put", "fsync", "_facts_json"):
         with monkeypatch.context() as patch:
             patch.setattr(checkpoints, victim, die)
             with pytest.raises(KeyboardInterrupt):

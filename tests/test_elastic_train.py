@@ -7,24 +7,15 @@ import shutil
 import time
 
 import pytest
-import ray
 
 from raysegment.climate.checks import BadInput
 from raysegment.elastic.checkpoints import list_checkpoints, read_checkpoint
 from raysegment.elastic.train import train
 from raysegment.elastic.worker import state_sha256
-from raysegment.feed.session import ensure_ray
 from raysegment.feed.stream import FeedConfig
 from tests.small_training import config, write_shards
 
-pytestmark = pytest.mark.ray
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _ray():
-    ensure_ray(num_cpus=2)
-    yield
-    ray.shutdown()
+pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("two_cpus")]
 
 
 @pytest.fixture(scope="module")

@@ -8,26 +8,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import ray
 
 from raysegment.archive.masks import mask_path, write_masks
 from raysegment.archive.shards import Manifest, open_shards, quantise
 from raysegment.archive.snapshots import open_source
 from raysegment.climate.checks import BadInput
 from raysegment.climate.grid import Grid
-from raysegment.feed.session import ensure_ray
 from raysegment.feed.stage import INSIDE, StageConfig, stage
 from raysegment.feed.tiling import Tiling
 from tests.small_archive import fields_and_mask, write_archive
 
-pytestmark = pytest.mark.ray
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _ray():
-    ensure_ray(num_cpus=2)
-    yield
-    ray.shutdown()
+pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("two_cpus")]
 
 
 @pytest.fixture

@@ -14,18 +14,10 @@ from raysegment.climate.grid import Grid
 from raysegment.feed import stream
 from raysegment.feed.direct import direct_steps
 from raysegment.feed.order import Order
-from raysegment.feed.session import ensure_ray
 from raysegment.feed.stream import FeedConfig, open_stream
 from tests.small_archive import fields_and_mask
 
-pytestmark = pytest.mark.ray
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _ray():
-    ensure_ray(num_cpus=2)
-    yield
-    ray.shutdown()
+pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("two_cpus")]
 
 
 @pytest.fixture(scope="module")

@@ -61,7 +61,7 @@ class Dimension:
         kind, values = next(iter(spec.items()))
         if not isinstance(values, list) or not values or (kind != "choice" and len(values) != 2):
             raise BadInput(f"search.{key}", "a list" if kind == "choice" else "two bounds", values, "Write `[1e-4, 1e-1]`.")
-        values = tuple(_number(value) for value in values)
+        values = tuple(configuration.scalar(value) if isinstance(value, str) else value for value in values)
         if kind != "choice" and not (all(isinstance(value, int | float) for value in values) and values[0] < values[1]):
             raise BadInput(f"search.{key}", "a lower and a higher bound", values, "Write the lower bound first.")
         if kind == "log" and values[0] <= 0:
@@ -349,13 +349,3 @@ def report(config: CampaignConfig, rows: list[dict[str, Any]]) -> str:
 
 def _short(value: Any) -> str:
     return "" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
-
-
-def _number(value: Any) -> Any:
-    """YAML 1.1 reads `1e-4` as text."""
-    if isinstance(value, str):
-        try:
-            return float(value)
-        except ValueError:
-            return value
-    return value

@@ -41,7 +41,7 @@ class DemoConfig:
     height: int = 72
     width: int = 144
     seed: int = 2018
-    steps: int = 420
+    steps: int = 340
     workers: int = 2
     rules: str = "rules:default"
     train: tuple[str, ...] = ()

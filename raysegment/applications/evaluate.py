@@ -18,6 +18,7 @@ from raysegment.archive.snapshots import list_sources
 from raysegment.climate.channels import CLASSES
 from raysegment.climate.checks import BadInput
 from raysegment.climate.grid import Grid
+from raysegment.learning.metrics import confusion, iou, mean_iou, mlperf_iou
 
 NAMES = ("background", "cyclone", "river")  # of the classes, in results
 _COUNT = len(CLASSES)
@@ -38,12 +39,12 @@ def evaluate(predicted: Paths, truth: Paths) -> dict[str, Any]:
     parts: dict[str, dict[str, NDArray]] = {key: {} for key in ("month", "hemisphere", "region")}
     scores: list[float] = []
     for month, grid, guess, true in _maps(pairs):
-        here = confusion(guess, true)
+        here = _counts(guess, true)
         total += here
         scores.append(mlperf_iou(here))
         _add(parts["month"], {month: here})
-        _add(parts["hemisphere"], {zone: confusion(guess[at], true[at]) for zone, at in hemispheres(grid).items()})
-        _add(parts["region"], {zone: confusion(guess[at], true[at]) for zone, at in regions(grid).items()})
+        _add(parts["hemisphere"], {zone: _counts(guess[at], true[at]) for zone, at in hemispheres(grid).items()})
+        _add(parts["region"], {zone: _counts(guess[at], true[at]) for zone, at in regions(grid).items()})
     strata = {f"by_{key}": {zone: _result(part[zone]) for zone in sorted(part)} for key, part in parts.items()}
     return {**_result(total), "mlperf_iou": float(np.mean(scores)), "snapshots": len(scores), **strata, "unpaired": unpaired}
 
@@ -55,28 +56,15 @@ def _add(sums: dict[str, NDArray], counts: dict[str, NDArray]) -> None:
             sums[zone] = sums.get(zone, 0) + part
 
 
-def confusion(predicted: NDArray, truth: NDArray) -> NDArray[np.int64]:
+def _counts(predicted: NDArray, truth: NDArray) -> NDArray[np.int64]:
     """Pixel counts (3, 3), truth by prediction."""
-    both = np.bincount(_COUNT * truth.ravel().astype(np.int64) + predicted.ravel(), minlength=_COUNT**2)
-    return both.reshape(_COUNT, _COUNT)
-
-
-def class_iou(counts: NDArray) -> NDArray[np.float64]:
-    """IoU per class (3,) of a confusion matrix: hits / (truth + prediction − hits); NaN where the union is empty."""
-    hits = np.diagonal(counts).astype(np.float64)
-    union = counts.sum(axis=0) + counts.sum(axis=1) - hits
-    return np.divide(hits, union, out=np.full(_COUNT, np.nan), where=union > 0)
-
-
-def mlperf_iou(counts: NDArray) -> float:
-    """MLPerf HPC DeepCAM's score of one map: mean IoU over the classes, 1 for a class that is nowhere."""
-    return float(np.nan_to_num(class_iou(counts), nan=1.0).mean())
+    return confusion(predicted, truth, _COUNT).numpy()
 
 
 def _result(counts: NDArray) -> dict[str, Any]:
-    iou = class_iou(counts)
-    named = {name: None if np.isnan(value) else float(value) for name, value in zip(NAMES, iou, strict=True)}
-    return {"iou": {**named, "mean": None if np.isnan(iou).all() else float(np.nanmean(iou))}, "confusion": counts.tolist()}
+    values = iou(counts)
+    named = {name: None if np.isnan(value) else float(value) for name, value in zip(NAMES, values, strict=True)}
+    return {"iou": {**named, "mean": None if np.isnan(values).all() else mean_iou(counts)}, "confusion": counts.tolist()}
 
 
 def pair_files(predicted: Paths, truth: Paths) -> tuple[list[tuple[Path, Path]], dict[str, list[str]]]:

@@ -25,6 +25,7 @@ import dacite
 from safetensors.torch import load, save
 from torch import Tensor
 
+from raysegment.archive.files import fsync
 from raysegment.climate.checks import BadInput
 from raysegment.networks import NetworkConfig
 
@@ -89,9 +90,9 @@ def write_checkpoint(
         for name, content in contents.items():
             _write(temporary / name, content)
         _write(temporary / FACTS, _facts_json(facts, contents))
-        _fsync(temporary)
+        fsync(temporary)
         _put(temporary, target)
-        _fsync(folder)
+        fsync(folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     for old in list_checkpoints(folder)[:-keep]:
@@ -228,14 +229,6 @@ def _remove(path: Path) -> None:
     with suppress(FileNotFoundError):
         path.rename(grave)
     shutil.rmtree(grave, ignore_errors=True)
-
-
-def _fsync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _plain(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

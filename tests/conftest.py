@@ -1,0 +1,19 @@
+"""Fixtures that several rooms share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import ray
+
+from raysegment.feed.session import ensure_ray
+
+
+@pytest.fixture(scope="module")
+def two_cpus() -> Iterator[None]:
+    """A local Ray of two CPUs for one module's tests; ended with them, so that nothing of one module reaches the next."""
+    ray.shutdown()
+    ensure_ray(num_cpus=2)
+    yield
+    ray.shutdown()
