@@ -39,10 +39,13 @@ def campaign(out: Path, shards: Path, **changes) -> CampaignConfig:
 
 @pytest.mark.ray
 @pytest.mark.timeout(280)
-def test_two_trials_on_two_cpus_and_again(tmp_path):
+def test_two_trials_on_two_cpus_and_again(tmp_path, monkeypatch):
+    """With paths relative to where it is started: trials run in directories of their own."""
+    monkeypatch.chdir(tmp_path)
+    write_shards(tmp_path / "s")
     ensure_ray(num_cpus=2)
     try:
-        settings = campaign(tmp_path / "c", write_shards(tmp_path / "s"))
+        settings = campaign(Path("c"), Path("s"))
         result = run_campaign(settings)
         assert (result["trials"], result["finished"]) == (2, 2)
         assert result["best"] == {"learn.optim.lr": 1e-2}
@@ -58,7 +61,7 @@ def test_two_trials_on_two_cpus_and_again(tmp_path):
         assert run_campaign(settings) == result
         assert {path: path.stat().st_mtime_ns for path in (tmp_path / "c" / "trials").glob("*/steps.jsonl")} == before
         with pytest.raises(BadInput, match="other values of trials"):
-            run_campaign(campaign(tmp_path / "c", tmp_path / "s", trials=9))
+            run_campaign(campaign(Path("c"), Path("s"), trials=9))
     finally:
         ray.shutdown()
 

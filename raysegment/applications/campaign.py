@@ -16,7 +16,7 @@ import os
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -127,8 +127,7 @@ class CampaignConfig:
         overrides = [f"{key}={json.dumps(value)}" for key, value in sorted(point.items())]
         name = hashlib.sha256(json.dumps(overrides).encode()).hexdigest()[:12]
         mapping = configuration.apply_overrides(self.train, overrides)
-        mapping |= {"out": os.path.abspath(f"{self.out}/trials/{name}"), "name": name}
-        mapping["shards"] = os.path.abspath(mapping["shards"]) if mapping.get("shards") else ""
+        mapping |= {"out": f"{self.out}/trials/{name}", "name": name}
         return configuration.load(TrainConfig, mapping, "campaign")
 
     def corners(self) -> Iterator[dict[str, Any]]:
@@ -139,14 +138,22 @@ class CampaignConfig:
 
 def run_campaign(config: CampaignConfig, progress: Progress | None = None) -> dict[str, Any]:
     """Search; then results.csv, best.yaml, curves.png and report.md in the campaign's folder. Run again to go on."""
+    config = _absolute(config)
     manifest = _check(config)
-    out = Path(config.out).absolute()
+    out = Path(config.out)
     _claim(out, config)
     ensure_ray()
     with _watch(out, config.count, progress):
         results = _tuner(config, out).fit()
     rows = _rows(config, results, manifest)
     return _publish(config, out, rows)
+
+
+def _absolute(config: CampaignConfig) -> CampaignConfig:
+    """Paths as the trials, each in a working directory of its own, can use them."""
+    shards = config.train.get("shards")
+    shared = {**config.train, **({"shards": os.path.abspath(shards)} if shards else {})}
+    return replace(config, out=os.path.abspath(config.out), train=shared)
 
 
 def _check(config: CampaignConfig) -> Manifest:
@@ -186,7 +193,8 @@ def _tuner(config: CampaignConfig, out: Path) -> tune.Tuner:
         param_space=space,
         tune_config=tune.TuneConfig(
             metric="loss", mode="min", num_samples=1 if grid else config.trials, search_alg=_searcher(config),
-            scheduler=_scheduler(config), max_concurrent_trials=_at_once(config), reuse_actors=False,
+            scheduler=_scheduler(config), reuse_actors=False,
+            max_concurrent_trials=_at_once(config) if config.searcher == "optuna" else None,  # the others bring their own
         ),
         run_config=tune.RunConfig(name="search", storage_path=str(out), verbose=0),
     )  # fmt: skip
@@ -195,7 +203,7 @@ def _tuner(config: CampaignConfig, out: Path) -> tune.Tuner:
 def _searcher(config: CampaignConfig) -> Searcher | BasicVariantGenerator:
     if config.searcher == "optuna":
         return OptunaSearch(seed=config.seed)
-    return BasicVariantGenerator(random_state=config.seed)
+    return BasicVariantGenerator(random_state=config.seed, max_concurrent=_at_once(config))
 
 
 def _scheduler(config: CampaignConfig) -> TrialScheduler:

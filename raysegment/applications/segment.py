@@ -12,7 +12,6 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import ray.data
@@ -80,29 +79,29 @@ def _label_all(todo: list[Path], labeller: Labeller, out: Path, config: SegmentC
     ensure_ray()
     processes = config.processes or max(1, min(int(ray.cluster_resources().get("CPU", 1)), len(todo)))
     rows = ray.data.from_items([{"path": str(p)} for p in todo], override_num_blocks=len(todo))
-    pool = ray.data.ActorPoolStrategy(size=processes)
-    yield from rows.map(_worker(labeller, out, config), compute=pool, num_cpus=1).iter_rows()
+    done = rows.map(
+        _Worker,  # pyright: ignore[reportArgumentType]  (Ray takes a class whose instances are called)
+        fn_constructor_args=(labeller, str(out), config),
+        compute=ray.data.ActorPoolStrategy(size=processes),
+        num_cpus=1,
+    )
+    yield from done.iter_rows()
 
 
-def _worker(labeller: Labeller, out: Path, config: SegmentConfig) -> Any:
-    """The class of one process of the pool: opens a file, labels its snapshots, writes its mask.
+class _Worker:
+    """One process of the pool: opens a file, labels its snapshots, writes its mask."""
 
-    A class of its own per call, because Ray warns about constructor arguments of pooled actors (ray#53727).
-    """
+    def __init__(self, labeller: Labeller, out: str, config: SegmentConfig):
+        self.labeller, self.out, self.config = labeller, Path(out), config
+        torch.set_num_threads(1)
 
-    class Worker:
-        def __init__(self) -> None:
-            torch.set_num_threads(1)
-
-        def __call__(self, row: dict) -> dict:
-            path = Path(row["path"])
-            try:
-                snapshots = label_file(path, labeller, out, config)
-            except BadInput as bad:
-                return {"path": str(path), "snapshots": 0, **Skipped.of(path, bad).row()}
-            return {"path": str(path), "snapshots": snapshots, **Skipped(str(path), "", "", "").row()}
-
-    return Worker
+    def __call__(self, row: dict) -> dict:
+        path = Path(row["path"])
+        try:
+            snapshots = label_file(path, self.labeller, self.out, self.config)
+        except BadInput as bad:
+            return {"path": str(path), "snapshots": 0, **Skipped.of(path, bad).row()}
+        return {"path": str(path), "snapshots": snapshots, **Skipped(str(path), "", "", "").row()}
 
 
 def label_file(path: Path, labeller: Labeller, out: Path, config: SegmentConfig) -> int:
