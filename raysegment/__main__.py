@@ -2,6 +2,6 @@
 
 import sys
 
-from raysegment.cli import main
+from raysegment.cli import script
 
-sys.exit(main())
+sys.exit(script())

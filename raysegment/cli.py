@@ -7,6 +7,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext, redirect_stdout
 from dataclasses import asdict, dataclass, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -45,21 +46,32 @@ class Verb:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one verb; 0 when it worked, 2 for bad input (with expected, got, remedy), 1 for any other failure."""
+    """Run one verb; 0 when it worked, 2 for bad input (with expected, got, remedy), 1 for any other failure.
+
+    With --json, standard output carries the JSON object and nothing else: tables, and what Ray prints of its own accord
+    at any time, go to standard error.
+    """
     options = parse(arguments)
-    console = Console()
-    try:
-        result = options.verb.run(options, console)
-    except BadInput as bad:
-        console.say(f"raysegment {options.verb.name}: {bad}")
-        return BAD_INPUT
-    except KeyboardInterrupt:
-        console.say(f"raysegment {options.verb.name}: interrupted; run the same command again to go on")
-        return FAILURE
-    if options.json:
-        sys.stdout.flush()
-        print(json.dumps(_jsonable(result)), flush=True)
+    out, console = sys.stdout, Console()
+    with redirect_stdout(sys.stderr) if options.json else nullcontext():
+        try:
+            result = options.verb.run(options, console)
+        except BadInput as bad:
+            console.say(f"raysegment {options.verb.name}: {bad}")
+            return BAD_INPUT
+        except KeyboardInterrupt:
+            console.say(f"raysegment {options.verb.name}: interrupted; run the same command again to go on")
+            return FAILURE
+        if options.json:
+            print(json.dumps(_jsonable(result)), file=out, flush=True)
     return 0
+
+
+def script() -> int:
+    """The installed command: `main`, after which nothing but silence reaches standard output."""
+    code = main()
+    sys.stdout = sys.stderr
+    return code
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:

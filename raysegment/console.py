@@ -61,7 +61,7 @@ class Console:
 
 
 def table(title: str, columns: list[str], rows: list[list[Any]], stream: TextIO | None = None) -> None:
-    """A small table on standard output."""
+    """A small table on standard output (or `stream`)."""
     shown = Table(title=title, title_justify="left")
     for index, column in enumerate(columns):
         shown.add_column(column, justify="left" if index == 0 else "right", overflow="fold")

@@ -16,9 +16,10 @@ TINY = ["workers=2", "cpus_per_worker=0.5", "steps=6", "network.tiramisu.first=8
 
 
 def run(capsys: pytest.CaptureFixture[str], *words: object) -> dict:
-    """The JSON object in the last line of what a verb prints."""
+    """The JSON object that is all a verb prints on standard output."""
     assert main([str(word) for word in (*words, "--json")]) == 0
-    return json.loads(capsys.readouterr().out.strip().splitlines()[-1])
+    (line,) = capsys.readouterr().out.splitlines()
+    return json.loads(line)
 
 
 @pytest.mark.parametrize("verb", VERBS, ids=lambda verb: verb.name)

@@ -20,7 +20,8 @@ SMALL = ["snapshots=8", "held_out=2", "height=24", "width=48", "steps=4", "worke
 def demo(capsys: pytest.CaptureFixture[str], out: Path, *options: str) -> dict:
     real = ["--map", str(real_data("gfs_2011-10-11T00.nc")), "--tracks", str(real_data("ibtracs_2011-10-11T00.csv"))]
     assert main(["demo", "--out", str(out), *real, "--json", *options]) == 0
-    return json.loads(capsys.readouterr().out.strip().splitlines()[-1])
+    (line,) = capsys.readouterr().out.splitlines()
+    return json.loads(line)
 
 
 def test_every_part_hands_on_to_the_next_and_a_second_run_keeps_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
