@@ -21,7 +21,7 @@ from raysegment.applications.demo import DemoConfig, run_demo
 from raysegment.applications.evaluate import evaluate
 from raysegment.applications.events_table import write_events
 from raysegment.applications.inspect_ import inspect
-from raysegment.applications.pictures import draw_files
+from raysegment.applications.pictures import draw_files, draw_occurrence
 from raysegment.applications.segment import SegmentConfig, segment
 from raysegment.applications.synthesize import synthesize
 from raysegment.climate.checks import BadInput
@@ -231,7 +231,7 @@ def _events(options: argparse.Namespace, console: Console) -> dict[str, Any]:
 
 
 def _map_options(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument("source", type=Path, help="a source file")
+    sub.add_argument("source", type=Path, help="a source file; or a folder of masks, to draw how often each class occurs")
     sub.add_argument("--masks", type=Path, nargs="*", default=[], help="mask files of it, drawn side by side")
     sub.add_argument("--tracks", type=Path, help="CSV of best-track storms to mark")
     sub.add_argument("--field", default="TMQ", help="the channel to draw, or IVT (default TMQ)")
@@ -240,7 +240,10 @@ def _map_options(sub: argparse.ArgumentParser) -> None:
 
 
 def _map(options: argparse.Namespace, console: Console) -> dict[str, Any]:
-    picture = draw_files(options.source, options.masks, options.out, options.field, options.index, options.tracks)
+    if options.source.is_dir():
+        picture = draw_occurrence(options.source, options.out)
+    else:
+        picture = draw_files(options.source, options.masks, options.out, options.field, options.index, options.tracks)
     print(picture)
     return {"picture": picture}
 

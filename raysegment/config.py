@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, fields, is_dataclass
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_type_hints
 
@@ -54,11 +54,6 @@ def load(cls: type[T], mapping: Mapping[str, Any], where: str | Path = "configur
         raise BadInput(where, f"values that fit {cls.__name__}", error, "Correct the value.") from error
 
 
-def dump(config: Any) -> str:
-    """YAML text of a dataclass, ready for `load`."""
-    return yaml.safe_dump(_plain(asdict(config)), sort_keys=False)
-
-
 def _set(mapping: dict[str, Any], path: list[str], value: Any) -> None:
     for part in path[:-1]:
         mapping = mapping.setdefault(part, {})
@@ -97,11 +92,3 @@ def _refuse_unknown(cls: type, mapping: Mapping[str, Any], prefix: str, where: s
         inner = next((t for t in (hints[key], *get_args(hints[key])) if is_dataclass(t)), None)
         if inner is not None and isinstance(value, Mapping):
             _refuse_unknown(inner, value, f"{prefix}{key}.", where)  # pyright: ignore[reportArgumentType]
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    return str(value) if isinstance(value, Path) else value

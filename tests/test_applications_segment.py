@@ -5,14 +5,16 @@ from __future__ import annotations
 import csv
 from pathlib import Path
 
+import netCDF4
 import numpy as np
 import pytest
 
 from raysegment.applications.segment import SegmentConfig, segment
 from raysegment.applications.synthesize import synthesize
-from raysegment.archive.masks import mask_path, read_masks
+from raysegment.archive.masks import artmip_path, mask_path, read_masks
 from raysegment.archive.skipped import Skipped, allowed, check_budget, write_skipped
 from raysegment.archive.snapshots import open_source
+from raysegment.climate.channels import RIVER
 from raysegment.climate.checks import BadInput
 from raysegment.climate.rules import parse_rules
 from raysegment.climate.synthetic import SyntheticConfig
@@ -47,6 +49,14 @@ def test_masks_equal_the_labeller_and_a_second_run_skips_them(archive: Path, tmp
     again = segment([archive], "rules:default", tmp_path / "masks")
     assert (len(again.written), len(again.complete)) == (1, 4)
     assert {p: p.read_bytes() for p in (tmp_path / "masks").glob("*.nc")} == before
+
+
+def test_artmip_files_stand_beside_the_masks(archive: Path, tmp_path: Path) -> None:
+    first = sorted(archive.iterdir())[0]
+    segment([first], "rules:default", tmp_path, SegmentConfig(artmip=True))
+    masks = read_masks(mask_path(tmp_path, first)).masks
+    with netCDF4.Dataset(artmip_path(mask_path(tmp_path, first))) as data:
+        assert np.array_equal(data["ar_binary_tag"][:], masks == RIVER)
 
 
 def test_another_labeller_does_not_mix_in(archive: Path, tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from raysegment.archive.masks import read_probabilities
 from raysegment.cli import BAD_INPUT, VERBS, main, parse, parser
 from tests.helpers import real_data
 
@@ -114,6 +115,11 @@ def test_tutorial_on_a_real_map(tmp_path: Path, capsys: pytest.CaptureFixture[st
     drawn = ["--masks", *masks.glob("*.nc"), "--tracks", real_data(TRACKS), "--out", tmp_path / "map.png"]
     picture = run(capsys, "map", source, *drawn)
     assert Path(picture["picture"]).read_bytes().startswith(b"\x89PNG")
+    often = run(capsys, "map", masks, "--out", tmp_path / "often.png")
+    assert Path(often["picture"]).read_bytes().startswith(b"\x89PNG")
+    probabilities = read_probabilities(next(learnt.glob("*.mask.nc")))
+    assert probabilities is not None
+    assert probabilities.sum(1) == pytest.approx(1.0, abs=1e-2)
     for path, kind in ((source, "source"), (shards, "shards"), (out, "run"), (trained["checkpoint"], "checkpoint")):
         assert run(capsys, "inspect", path)["kind"] == kind
 

@@ -106,6 +106,17 @@ def test_below_ground_levels_repeat_the_lowest_as_in_cam() -> None:
     assert field(s, "Z1000")[high].min() > 500
 
 
+def test_land_is_where_it_is_said_to_be() -> None:
+    land = np.zeros(CONFIG.grid.shape)
+    land[:, :40] = 1.0
+    s = generate(CONFIG, 2, land)
+    tropics = np.abs(CONFIG.grid.lat) < 60
+    height = field(s, "PSL") - field(s, "PS")
+    assert height[tropics][:, :40].mean() > 500
+    assert np.abs(height[tropics][:, 41:]).max() < 50
+    assert not np.array_equal(s.fields, snapshot(2).fields)
+
+
 def test_gradient_wind_balance_holds() -> None:
     storm, radius = vortex(), np.array([60.0, 100.0, 250.0, 600.0])
     slope = (storm.deficit_pa(radius - 2) - storm.deficit_pa(radius + 2)) / 4e3

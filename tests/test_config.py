@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from raysegment.climate.checks import BadInput
-from raysegment.config import apply_overrides, dump, load, read_yaml
+from raysegment.config import apply_overrides, load, read_yaml
 
 
 @dataclass(frozen=True)
@@ -44,10 +44,9 @@ def test_values_that_do_not_fit_are_refused(mapping: dict) -> None:
         load(Outer, mapping)
 
 
-def test_dump_and_load_are_inverse(tmp_path: Path) -> None:
-    config = Outer(7, Inner(2e-5, (1, 2, 3)), "x")
-    (tmp_path / "c.yaml").write_text(dump(config))
-    assert load(Outer, read_yaml(tmp_path / "c.yaml")) == config
+def test_a_file_is_loaded_as_it_is_written(tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text("steps: 7\ninner: {rate: 2.0e-5, sizes: [1, 2, 3]}\nout: x\n")
+    assert load(Outer, read_yaml(tmp_path / "c.yaml")) == Outer(7, Inner(2e-5, (1, 2, 3)), "x")
 
 
 @pytest.mark.parametrize("text", ["- a\n- b\n", "a: [1,\n"])

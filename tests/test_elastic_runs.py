@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -13,6 +14,7 @@ from raysegment.climate.checks import BadInput
 from raysegment.elastic.chaos import Fault, Plan
 from raysegment.elastic.runs import CAUSES, Run, StepLog, last_step, read_lines, summarise
 from raysegment.elastic.settings import TrainConfig, identity, plain
+from raysegment.learning.augment import AugmentConfig
 from tests.small_training import config, write_shards
 
 
@@ -102,6 +104,15 @@ def test_steps_follow_from_epochs_and_the_schedule_from_steps(tmp_path):
     assert resolved.resolved(manifest) == resolved
     with pytest.raises(BadInput, match="total_steps"):
         TrainConfig(**{**resolved.__dict__, "steps": 5}).resolved(manifest)
+
+
+@pytest.mark.parametrize("periodic", [True, False])
+def test_only_tiles_that_close_the_circle_are_rolled(tmp_path, periodic):
+    write_shards(tmp_path / "s")
+    manifest = replace(Manifest.load(tmp_path / "s"), periodic=periodic)
+    asked = config(tmp_path / "s", tmp_path)
+    asked = replace(asked, learn=replace(asked.learn, augment=AugmentConfig(roll=True, mirror=True)))
+    assert asked.resolved(manifest).learn.augment == AugmentConfig(roll=periodic, mirror=True)
 
 
 def test_tiles_must_fit_the_network(tmp_path):

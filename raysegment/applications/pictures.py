@@ -1,11 +1,11 @@
-"""The picture of one time of a source file with the masks that were made of it, from their files."""
+"""Pictures from files: one time of a source with the masks that were made of it; how often each class occurs in a folder."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
 
-from raysegment.applications.maps import draw_map, field_of
+from raysegment.applications.maps import class_frequency, draw_frequency, draw_map, field_of
 from raysegment.applications.tracks import read_tracks
 from raysegment.archive.masks import read_masks
 from raysegment.archive.snapshots import open_source
@@ -39,3 +39,9 @@ def draw_files(
     storms = read_tracks(tracks, snapshot.time) if tracks else ()
     title = f"{Path(source).name}  {snapshot.time.strftime('%Y-%m-%d %H:%M') if snapshot.time else snapshot.time_label}"
     return draw_map(out, values, snapshot.grid, columns, label, title, storms)
+
+
+def draw_occurrence(masks: str | Path, out: str | Path) -> Path:
+    """How often each class occurs over all maps of a folder of masks, cyclones and rivers side by side."""
+    frequency, grid, snapshots = class_frequency(masks)
+    return draw_frequency(out, frequency, grid, f"{Path(masks).name}: {snapshots} maps", snapshots)

@@ -72,14 +72,6 @@ def artmip_path(path: str | Path) -> Path:
     return Path(path).with_name(stem + ARTMIP_SUFFIX)
 
 
-def list_masks(folder: str | Path) -> list[Path]:
-    """The mask files in a folder and below, sorted; BadInput when there are none."""
-    found = sorted(path for path in Path(folder).rglob("*" + MASK_SUFFIX) if not path.name.startswith("."))
-    if not found:
-        raise BadInput(folder, f"mask files (*{MASK_SUFFIX})", "none", "Make some with `raysegment segment`")
-    return found
-
-
 def write_masks(
     path: str | Path,
     masks: NDArray[np.uint8],
