@@ -43,6 +43,11 @@ class NetworkConfig:
         if not 0.0 < self.norm_momentum <= 1.0:
             raise ValueError(f"network.norm_momentum: expected a share in (0, 1], got {self.norm_momentum}")
 
+    @property
+    def multiple(self) -> int:
+        """What height and width of a map must divide by."""
+        return DeepLab.multiple if self.name == "deeplab" else 2 ** (len(self.tiramisu.blocks) - 1)
+
 
 def build(config: NetworkConfig) -> nn.Module:
     """The network, freshly initialised from torch's current seed; `.multiple` is what height and width must divide by."""

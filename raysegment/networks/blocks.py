@@ -1,22 +1,34 @@
 """What both networks are made of: convolutions for which longitude is a circle and the poles are ends.
 
-A map (…, H, W) is extended in longitude by its own far side before every convolution (`join`), and in latitude by zeros
-(or by its own first and last row, `pole="replicate"`), so nothing ever flows across a pole. Tensors are kept in
-channels_last memory, where oneDNN and cuDNN are fast; the copies are written by hand because autograd's own backward of
-`cat` and `pad` is slower than the convolution itself in that layout on CPUs.
+A map (…, H, W) is extended in longitude by its own far side before every convolution, and in latitude by zeros (or by its
+own first and last row, `pole="replicate"`), so nothing ever flows across a pole.
+
+Every module takes and gives maps in one of two forms, whichever the network was entered with (`enter`): plain tensors, for
+torch as it is, on any device; or deferred maps (`deferred`), which a CPU computes band by band in cache. Both give the
+same numbers up to rounding, and draw the same dropout.
 """
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from raysegment.networks.convolutions import convolution, doubling
+from raysegment.networks.deferred import Deferred, Moments, activate, moments
+from raysegment.networks.kernels import Geometry
 
 POLES = ("zeros", "replicate")
 NORMS = ("batch", "none", "half")
+ENGINES = ("auto", "plain", "deferred")
+
+Map = Tensor | Deferred
 
 
 def choose(what: str, name: str, choices: Sequence[str]) -> None:
@@ -27,9 +39,8 @@ def choose(what: str, name: str, choices: Sequence[str]) -> None:
         raise ValueError(f"{what}: expected one of {', '.join(choices)}, got {name!r}; {hint}")
 
 
-def check_size(fields: Tensor, multiple: int) -> None:
+def check_size(height: int, width: int, multiple: int) -> None:
     """Raise a ValueError naming the sizes that do, unless height and width divide by the network's multiple."""
-    height, width = fields.shape[-2:]
     if height % multiple or width % multiple or not height or not width:
         near = [f"{side} or {side + multiple}" for side in (max(s // multiple, 1) * multiple for s in (height, width))]
         raise ValueError(
@@ -38,103 +49,117 @@ def check_size(fields: Tensor, multiple: int) -> None:
         )
 
 
-def _empty(like: Tensor, channels: int, width: int) -> Tensor:
-    batch, _, height, _ = like.shape
-    return torch.empty((batch, channels, height, width), dtype=like.dtype, device=like.device, memory_format=torch.channels_last)
+def enter(fields: Tensor, engine: str, pole: str) -> Map:
+    """Fields (B, C, H, W) in the form in which the network computes, in the type that autocast asks for.
 
-
-class _Join(torch.autograd.Function):
-    """`join` with a backward that reads every gradient once."""
-
-    @staticmethod
-    def forward(ctx, width: int, reach: int, *pieces: Tensor) -> Tensor:
-        ctx.width, ctx.reach, ctx.shapes = width, reach, [piece.shape for piece in pieces]
-        joined, start = _empty(pieces[0], sum(p.shape[1] for p in pieces), width + 2 * reach), 0
-        for piece in pieces:
-            part = joined[:, start : start + piece.shape[1]]
-            start += piece.shape[1]
-            halo = (piece.shape[3] - width) // 2
-            if halo >= reach:
-                part.copy_(piece[..., halo - reach : halo + width + reach])
-            else:
-                core = piece[..., halo : halo + width]
-                part[..., reach : reach + width].copy_(core)
-                part[..., :reach].copy_(core[..., width - reach :])
-                part[..., reach + width :].copy_(core[..., :reach])
-        return joined
-
-    @staticmethod
-    def backward(ctx, *grads: Tensor):
-        (grad,), width, reach, start = grads, ctx.width, ctx.reach, 0
-        parts: list[Tensor | None] = []
-        for shape in ctx.shapes:
-            part = grad[:, start : start + shape[1]]
-            start += shape[1]
-            halo = (shape[3] - width) // 2
-            if halo == reach:
-                parts.append(part.contiguous(memory_format=torch.channels_last))
-            elif halo > reach:
-                whole = _empty(part, shape[1], shape[3]).zero_()
-                whole[..., halo - reach : halo + width + reach].copy_(part)
-                parts.append(whole)
-            else:
-                assert halo == 0, "a halo is widened only from none"
-                core = part[..., reach : reach + width].contiguous(memory_format=torch.channels_last)
-                core[..., width - reach :] += part[..., :reach]
-                core[..., :reach] += part[..., reach + width :]
-                parts.append(core)
-        return None, None, *parts
-
-
-def join(pieces: Sequence[Tensor], width: int, reach: int = 0) -> Tensor:
-    """Concatenated channels (B, ΣC, H, width + 2·reach), extended circularly in longitude by `reach` columns on each side.
-
-    Each piece is (B, C, H, width + 2·halo) with a halo of its own (0, or one already of the right kind); wider halos are cut.
+    "auto" is deferred on CPUs, plain elsewhere, for other poles than zeros, and where torch traces or only counts.
     """
-    if reach > width:  # more than one turn (large dilation on a small map): by index, any number of turns
-        columns = torch.arange(-reach, width + reach, device=pieces[0].device) % width
-        return torch.cat([p.index_select(3, columns + (p.shape[3] - width) // 2) for p in pieces], dim=1)
-    if len(pieces) == 1 and pieces[0].shape[3] == width + 2 * reach:
-        return pieces[0]
-    return _Join.apply(width, reach, *pieces)  # type: ignore[no-any-return]
+    fields = fields.contiguous(memory_format=torch.channels_last)
+    able = fields.device.type == "cpu" and pole == "zeros" and not torch.compiler.is_compiling()
+    if engine == "plain" or not able:
+        return fields
+    short = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else fields.dtype
+    return Deferred(fields.to(short))
+
+
+def anchor(fields: Tensor, multiple: int) -> Tensor:
+    """Columns (B,) in [0, multiple) by which each map is turned before a network that samples every `multiple`-th column.
+
+    Strides see a map rotated by one column as another map. Which columns they sample is therefore decided by the map
+    itself, those of the largest Σ|x| (adaptive polyphase sampling, Chaman and Dokmanić 2021): a map rotated by any number
+    of columns gives the rotated logits.
+    """
+    size = fields.detach().abs().sum((1, 2), dtype=torch.float64)  # (B, W)
+    return size.view(len(fields), -1, multiple).sum(1).argmax(1)
+
+
+def turn(maps: Tensor, columns: Tensor) -> Tensor:
+    """Maps (B, C, H, W) rotated westward by `columns` (B,) of their own."""
+    if maps.device.type == "cpu":
+        turned = [one.roll(-shift, 3) if shift else one for one, shift in zip(maps.split(1), columns.tolist(), strict=True)]
+        return torch.cat(turned) if len(turned) > 1 else turned[0]
+    index = (torch.arange(maps.shape[3], device=maps.device) + columns[:, None]) % maps.shape[3]  # (B, W); no word to the host
+    return maps.gather(3, index[:, None, None, :].expand_as(maps))
+
+
+def recomputed(module: nn.Module, wanted: bool, function: Callable[..., Any], *maps: Any) -> Any:
+    """function(*maps), of which nothing is kept for backward if `wanted`: it is computed again there.
+
+    The second time, `module`'s running statistics stay as they are and dropout draws the same.
+    """
+    if not wanted or not torch.is_grad_enabled():
+        return function(*maps)
+    contexts = lambda: (nullcontext(), _statistics_kept(module))
+    return checkpoint(function, *maps, use_reentrant=False, context_fn=contexts)
+
+
+@contextmanager
+def _statistics_kept(module: nn.Module) -> Iterator[None]:
+    norms = [m for m in module.modules() if isinstance(m, nn.BatchNorm2d)]
+    before = [(m.momentum, m.num_batches_tracked) for m in norms]
+    for m in norms:
+        m.momentum, m.num_batches_tracked = 0.0, None
+    try:
+        yield
+    finally:
+        for m, (momentum, count) in zip(norms, before, strict=True):
+            m.momentum, m.num_batches_tracked = momentum, count
+
+
+def tensor(maps: Map) -> Tensor:
+    """The activated map as an ordinary tensor."""
+    return maps.tensor() if isinstance(maps, Deferred) else maps
+
+
+def plain(maps: Tensor, like: Map) -> Map:
+    """An ordinary tensor in the form of `like`."""
+    return Deferred(maps.to(like.raw.dtype)) if isinstance(like, Deferred) else maps
 
 
 class Conv(nn.Conv2d):
-    """k×k convolution (B, C, H, W) → (B, C', H/stride, W/stride), circular in longitude.
+    """k×k convolution of joined maps (B, ΣC, H, W) → (B, C', H/stride, W/stride), circular in longitude.
 
-    `wrapped(…)` takes a map that already has its halo of `reach` columns. He-uniform initialisation as in the 2018 code.
+    He-uniform initialisation as in the 2018 code.
     """
 
     def __init__(self, inputs: int, outputs: int, kernel: int, *, stride: int = 1, dilation: int = 1, bias: bool = False,
                  pole: str = "zeros"):
         assert kernel % 2 == 1, "odd kernels only: the map must not shift"
-        self.reach, self.pole = dilation * (kernel // 2), pole
-        padding = self.reach if pole == "zeros" else 0
-        super().__init__(inputs, outputs, kernel, stride, (padding, 0), dilation, bias=bias)
+        self.how, self.pole = Geometry(kernel, stride, dilation), pole
+        super().__init__(inputs, outputs, kernel, stride, 0, dilation, bias=bias)
 
     def reset_parameters(self) -> None:
         nn.init.kaiming_uniform_(self.weight, nonlinearity="relu")
         if self.bias is not None:
             nn.init.zeros_(self.bias)
 
-    def forward(self, input: Tensor) -> Tensor:
-        return self.wrapped(join([input], input.shape[3], self.reach))
+    def forward(self, *pieces: Map) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return self.with_moments(pieces, False)[0]
 
-    def wrapped(self, fields: Tensor) -> Tensor:
-        if self.pole == "replicate" and self.reach:
-            fields = F.pad(fields, (0, 0, self.reach, self.reach), mode="replicate")
-        return super().forward(fields)
+    def with_moments(self, pieces: Sequence[Map], wanted: bool) -> tuple[Tensor, Moments | None]:
+        """The convolution, and the moments of its result where they are wanted and come for nothing."""
+        if isinstance(pieces[0], Deferred):
+            return convolution(pieces, self.weight, self.bias, self.how, wanted)  # type: ignore[arg-type]
+        joined, reach = torch.cat(pieces, 1) if len(pieces) > 1 else pieces[0], self.how.reach  # type: ignore[arg-type]
+        if reach:
+            joined = extend(joined, reach)
+            mode = {"zeros": "constant", "replicate": "replicate"}[self.pole]
+            joined = F.pad(joined, (0, 0, reach, reach), mode=mode)
+        return super().forward(joined), None
+
+
+def extend(maps: Tensor, reach: int) -> Tensor:
+    """A map with `reach` more columns on either side, around the circle (any number of turns): (B, C, H, W + 2·reach)."""
+    if reach <= maps.shape[3]:
+        return F.pad(maps, (reach, reach, 0, 0), mode="circular")
+    return maps[..., torch.arange(-reach, maps.shape[3] + reach, device=maps.device) % maps.shape[3]]
 
 
 class Up(nn.ConvTranspose2d):
-    """3×3 transposed convolution (B, C, H, W) → (B, C', 2H, 2W), circular in longitude.
-
-    With one more column of the circle on either side, output column 2W + 3 of the plain transposed convolution is
-    longitude 0 again, so padding 3 (and one extra column at the end) cuts exactly the turn out of it.
-    """
+    """3×3 transposed convolution (B, C, H, W) → (B, C', 2H, 2W), circular in longitude."""
 
     def __init__(self, inputs: int, outputs: int, *, bias: bool = False):
-        super().__init__(inputs, outputs, 3, 2, padding=(1, 3), output_padding=(1, 1), bias=bias)
+        super().__init__(inputs, outputs, 3, 2, padding=(1, 0), output_padding=(1, 0), bias=bias)
 
     def reset_parameters(self) -> None:
         # each output pixel sees 9/4 taps on average: fan_in = inputs · 9/4
@@ -143,28 +168,45 @@ class Up(nn.ConvTranspose2d):
         if self.bias is not None:
             nn.init.zeros_(self.bias)
 
-    def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
-        return super().forward(join([input], input.shape[3], 1), output_size)
+    def forward(self, *pieces: Map) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return self.with_moments(pieces, False)[0]
+
+    def with_moments(self, pieces: Sequence[Map], wanted: bool) -> tuple[Tensor, Moments | None]:
+        """The transposed convolution, and the moments of its result where they are wanted and come for nothing."""
+        if isinstance(pieces[0], Deferred):
+            return doubling(pieces, self.weight, self.bias, wanted)  # type: ignore[arg-type]
+        joined = torch.cat(pieces, 1) if len(pieces) > 1 else pieces[0]  # type: ignore[arg-type]
+        wide = F.conv_transpose2d(joined, self.weight, None, 2, (1, 0), (1, 0))  # (B, C', 2H, 2W + 1): column −1 comes first
+        turned = torch.cat((wide[..., 1:-1], wide[..., -1:] + wide[..., :1]), 3)  # column −1 is column 2W − 1
+        return (turned if self.bias is None else turned + self.bias[:, None, None].to(turned.dtype)), None
+
+
+def keep_mask(like: Tensor, probability: float) -> Tensor:
+    """0 or 1/(1 − p) per value, in the shape and type of `like`.
+
+    On CPUs one random byte decides about a value (probability in steps of 1/256), 8 × as fast as torch's dropout.
+    """
+    if like.device.type != "cpu":
+        return F.dropout(torch.ones_like(like), probability)
+    batch, channels, height, width = like.shape
+    words = torch.empty(-(-like.numel() // 8), dtype=torch.int64).random_(-(2**63), None)
+    bytes_ = words.view(torch.uint8)[: like.numel()].view(batch, height, width, channels).permute(0, 3, 1, 2)
+    lost = max(1, min(255, round(256 * probability)))
+    return (bytes_ >= lost).to(like.dtype).mul_(256 / (256 - lost))
 
 
 def drop(fields: Tensor, probability: float, training: bool) -> Tensor:
-    """Dropout. On CPUs one random byte decides about a value (probability in steps of 1/256), 8 × as fast as torch's."""
-    if not training or not probability:
-        return fields
-    if fields.device.type != "cpu":
-        return F.dropout(fields, probability)
-    batch, channels, height, width = fields.shape
-    words = torch.empty(-(-fields.numel() // 8), dtype=torch.int64).random_(-(2**63), None)
-    bytes_ = words.view(torch.uint8)[: fields.numel()].view(batch, height, width, channels).permute(0, 3, 1, 2)
-    lost = max(1, min(255, round(256 * probability)))
-    return fields * (bytes_ >= lost).to(fields.dtype).mul_(256 / (256 - lost))
+    """Dropout of an ordinary tensor."""
+    return fields * keep_mask(fields, probability) if training and probability else fields
 
 
 class Half(nn.Module):
     """x/2 in place of batch norm: what the 2018 code did to keep float16 in range."""
 
+    factor = 0.5
+
     def forward(self, fields: Tensor) -> Tensor:
-        return fields * 0.5
+        return fields * self.factor
 
 
 def norm(kind: str, channels: int, momentum: float) -> nn.Module:
@@ -174,20 +216,32 @@ def norm(kind: str, channels: int, momentum: float) -> nn.Module:
     return Half() if kind == "half" else nn.Identity()
 
 
+def rectify(maps: Map, layer: nn.Module) -> Map:
+    """Norm and ReLU of a map that has been computed elsewhere."""
+    if not isinstance(maps, Deferred):
+        return F.relu(layer(maps))
+    raw = maps.raw
+    return activate(raw, layer, True, None, moments(raw) if _by_batch(layer) else None)
+
+
+def _by_batch(layer: nn.Module) -> bool:
+    return isinstance(layer, nn.BatchNorm2d) and layer.training
+
+
 class Unit(nn.Module):
-    """convolution → norm → ReLU → dropout, the order of the 2018 code. Takes and gives (B, C, H, W)."""
+    """convolution → norm → ReLU → dropout, the order of the 2018 code. Takes maps to join, gives (B, C', H', W')."""
 
     def __init__(self, conv: Conv | Up, kind: str, momentum: float, dropout: float = 0.0, relu: bool = True):
         super().__init__()
         self.conv, self.norm = conv, norm(kind, conv.out_channels, momentum)
         self.relu, self.dropout = relu, dropout
 
-    def finish(self, fields: Tensor) -> Tensor:
-        """Norm, ReLU and dropout of a convolution's result."""
-        fields = self.norm(fields)
-        if self.relu:
-            fields = F.relu(fields, inplace=not isinstance(self.norm, nn.Identity))
-        return drop(fields, self.dropout, self.training)
-
-    def forward(self, fields: Tensor) -> Tensor:
-        return self.finish(self.conv(fields))
+    def forward(self, *pieces: Map) -> Map:
+        raw, found = self.conv.with_moments(pieces, _by_batch(self.norm))
+        dropping = self.training and self.dropout > 0
+        if isinstance(pieces[0], Deferred):
+            kept = keep_mask(raw, self.dropout) if dropping else None
+            return activate(raw, self.norm, self.relu, kept, found)
+        fields = self.norm(raw)
+        fields = F.relu(fields) if self.relu else fields
+        return drop(fields, self.dropout, dropping)

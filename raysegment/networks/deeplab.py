@@ -14,7 +14,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from raysegment.networks.blocks import Conv, Unit, Up, check_size, join, norm
+from raysegment.networks.blocks import (
+    Conv,
+    Map,
+    Unit,
+    Up,
+    anchor,
+    check_size,
+    enter,
+    extend,
+    norm,
+    plain,
+    recomputed,
+    rectify,
+    tensor,
+    turn,
+)
 
 
 @dataclass(frozen=True)
@@ -66,12 +81,12 @@ class Bottleneck(nn.Module):
         self.shortcut = None if inputs == 4 * base else kind.linear(inputs, 4 * base, 1)
         assert self.shortcut is None or stride == 1, "slim changes channels in the first unit and size in the last"
 
-    def forward(self, maps: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, maps: Map) -> tuple[Map, Map]:
         """The unit's output, and its first 1×1's (which the decoder takes as low-level features)."""
-        active = F.relu(self.before(maps))
+        active = rectify(maps, self.before)
         low = self.reduce(active)  # (B, base, H, W)
-        same = maps[..., :: self.stride, :: self.stride] if self.shortcut is None else self.shortcut(active)
-        return same + self.expand(self.spread(low)), low  # (B, 4·base, H/stride, W/stride)
+        same = tensor(maps)[..., :: self.stride, :: self.stride] if self.shortcut is None else self.shortcut(active)
+        return plain(same + self.expand(self.spread(low)), maps), low  # (B, 4·base, H/stride, W/stride)
 
 
 class Encoder(nn.Module):
@@ -90,15 +105,14 @@ class Encoder(nn.Module):
         self.low_unit, self.outputs = config.blocks[0] - 1, inputs
         self.lone = config.blocks[0] == 1  # a first stage of one unit cannot both widen and shrink: it shrinks after
 
-    def forward(self, fields: Tensor) -> tuple[Tensor, Tensor]:
-        maps = self.root(fields)  # (B, width, H/2, W/2)
-        maps = F.max_pool2d(join([maps], maps.shape[3], 1), 3, 2, (1, 0))  # (B, width, H/4, W/4)
-        low = maps
+    def forward(self, fields: Map) -> tuple[Map, Map]:
+        root = self.root(fields)  # (B, width, H/2, W/2)
+        maps = low = plain(F.max_pool2d(extend(root, 1), 3, 2, (1, 0)), fields)  # (B, width, H/4, W/4)
         for index, unit in enumerate(self.stages):
             maps, reduced = unit(maps)  # (B, 4·base, H/8, W/8) from the first stage's last unit on
             if index == self.low_unit:
                 low = reduced  # (B, width, H/4, W/4)
-                maps = maps[..., ::2, ::2] if self.lone else maps  # (B, 4·width, H/8, W/8)
+                maps = plain(tensor(maps)[..., ::2, ::2], fields) if self.lone else maps  # (B, 4·width, H/8, W/8)
         return maps, low
 
 
@@ -112,11 +126,13 @@ class Pyramid(nn.Module):
         self.image = kind.linear(inputs, depth, 1)
         self.merge = kind.unit((2 + len(rates)) * depth, depth, 1)
 
-    def forward(self, maps: Tensor) -> Tensor:
-        wide = torch.promote_types(maps.dtype, torch.float32)  # a sum over the whole map
-        image = F.relu(self.image(maps.mean((2, 3), keepdim=True, dtype=wide)))  # (B, depth, 1, 1)
-        views = [self.near(maps), *(far(maps) for far in self.far), image.to(maps.dtype).expand(-1, -1, *maps.shape[2:])]
-        return self.merge(join(views, maps.shape[3]))  # (B, (2 + rates)·depth, h, w) → (B, depth, h, w)
+    def forward(self, maps: Map) -> Map:
+        whole = tensor(maps)
+        wide = torch.promote_types(whole.dtype, torch.float32)  # a sum over the whole map
+        mean = plain(whole.mean((2, 3), keepdim=True, dtype=wide), maps)  # (B, C, 1, 1)
+        image = F.relu(self.image(mean)).to(whole.dtype).expand(-1, -1, *whole.shape[2:])  # (B, depth, h, w)
+        views = [self.near(maps), *(far(maps) for far in self.far), plain(image, maps)]
+        return self.merge(*views)  # (B, (2 + rates)·depth, h, w) → (B, depth, h, w)
 
 
 class Decoder(nn.Module):
@@ -126,28 +142,35 @@ class Decoder(nn.Module):
         super().__init__()
         wide, detail = 4 * config.width, 3 * config.width // 4
 
-        def conv(inputs: int, outputs: int) -> nn.Module:
-            return kind.linear(inputs, outputs, 3) if config.linear_tail else kind.unit(inputs, outputs, 3)
+        def conv(inputs: int, outputs: int) -> Unit:
+            if config.linear_tail:
+                return Unit(kind.linear(inputs, outputs, 3), "none", 1.0, relu=False)
+            return kind.unit(inputs, outputs, 3)
 
-        def up() -> nn.Module:
+        def up() -> Unit:
             tconv = Up(wide, wide, bias=config.linear_tail or kind.norm != "batch")
-            return tconv if config.linear_tail else Unit(tconv, kind.norm, kind.momentum)
+            return Unit(tconv, "none", 1.0, relu=False) if config.linear_tail else Unit(tconv, kind.norm, kind.momentum)
 
         self.low = kind.unit(config.width, detail, 1)
         self.to_quarter = up()
-        self.quarter = nn.Sequential(kind.unit(wide + detail, wide, 3), kind.unit(wide, wide, 3))
+        self.quarter = nn.ModuleList([kind.unit(wide + detail, wide, 3), kind.unit(wide, wide, 3)])
         self.to_half, self.to_full = up(), up()
         self.input = nn.Sequential(conv(channels, config.width), conv(config.width, 2 * config.width))
-        self.full = nn.Sequential(conv(wide + 2 * config.width, wide), conv(wide, wide))
+        self.full = nn.ModuleList([conv(wide + 2 * config.width, wide), conv(wide, wide)])
         self.leave = kind.linear(wide, classes, 1)
 
-    def forward(self, maps: Tensor, low: Tensor, fields: Tensor) -> Tensor:
+    def rise(self, maps: Map, low: Map, fields: Map) -> Map:
+        """Up to full resolution and through the first convolution there: (B, 4·width, H, W)."""
         maps = self.to_quarter(maps)  # (B, 4·width, H/4, W/4)
-        maps = self.quarter(join([maps, self.low(low)], maps.shape[3]))  # (B, 4·width, H/4, W/4)
+        maps = self.quarter[0](maps, self.low(low))  # (B, 4·width + detail, H/4, W/4) → (B, 4·width, H/4, W/4)
+        maps = self.quarter[1](maps)  # (B, 4·width, H/4, W/4)
         maps = self.to_half(maps)  # (B, 4·width, H/2, W/2)
         maps = self.to_full(maps)  # (B, 4·width, H, W)
-        maps = join([maps, self.input(fields)], maps.shape[3])  # (B, 6·width, H, W)
-        return self.leave(self.full(maps))  # (B, 4·width, H, W) → (B, K, H, W)
+        return self.full[0](maps, self.input(fields))  # (B, 6·width, H, W) → (B, 4·width, H, W)
+
+    def finish(self, maps: Map) -> Tensor:
+        """The last convolutions: logits (B, K, H, W)."""
+        return self.leave(self.full[1](maps))  # (B, 4·width, H, W) → (B, K, H, W)
 
 
 class DeepLab(nn.Module):
@@ -157,13 +180,19 @@ class DeepLab(nn.Module):
 
     def __init__(self, channels: int, classes: int, config: DeepLabConfig, norm: str, momentum: float, pole: str):
         super().__init__()
+        self.engine, self.checkpointing, self.pole = "auto", False, pole
         kind = _Kind(norm, momentum, pole)
         self.encoder = Encoder(channels, config, kind)
         self.pyramid = Pyramid(self.encoder.outputs, 4 * config.width, config.rates, kind)
         self.decoder = Decoder(channels, classes, config, kind)
 
     def forward(self, fields: Tensor) -> Tensor:
-        check_size(fields, self.multiple)
-        fields = fields.contiguous(memory_format=torch.channels_last)
-        maps, low = self.encoder(fields)  # (B, 32·width, H/8, W/8), (B, width, H/4, W/4)
-        return self.decoder(self.pyramid(maps), low, fields)  # (B, K, H, W)
+        check_size(fields.shape[2], fields.shape[3], self.multiple)
+        columns = anchor(fields, self.multiple)
+        entered = enter(turn(fields, columns), self.engine, self.pole)  # (B, C, H, W)
+        again = self.checkpointing
+        maps, low = recomputed(self.encoder, again, self.encoder, entered)  # (B, 32·width, H/8, W/8), (B, width, H/4, W/4)
+        maps = recomputed(self.pyramid, again, self.pyramid, maps)  # (B, 4·width, H/8, W/8)
+        maps = recomputed(self.decoder, again, self.decoder.rise, maps, low, entered)  # (B, 4·width, H, W)
+        logits = self.decoder.finish(maps)  # (B, K, H, W)
+        return turn(logits, -columns)

@@ -9,10 +9,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
 
-from raysegment.networks.blocks import Conv, Unit, Up, check_size, drop, join
+from raysegment.networks.blocks import Conv, Map, Unit, Up, anchor, check_size, drop, enter, plain, recomputed, turn
 
 
 @dataclass(frozen=True)
@@ -40,11 +39,10 @@ class TiramisuConfig:
 
 
 class DenseBlock(nn.Module):
-    """Layers that each read everything before them: (B, C, H, W) → (B, C + n·growth, H, W), or only the n·growth new maps."""
+    """Layers that each read everything before them: maps of ΣC channels → their n·growth new ones, as n maps."""
 
-    def __init__(self, inputs: int, layers: int, keep: bool, config: TiramisuConfig, kind: str, momentum: float, pole: str):
+    def __init__(self, inputs: int, layers: int, config: TiramisuConfig, kind: str, momentum: float, pole: str):
         super().__init__()
-        self.keep, self.reach = keep, config.kernel // 2
         self.layers = nn.ModuleList(
             Unit(
                 Conv(inputs + i * config.growth, config.growth, config.kernel, bias=kind != "batch", pole=pole),
@@ -52,19 +50,12 @@ class DenseBlock(nn.Module):
             )
             for i in range(layers)
         )  # fmt: skip
-        self.outputs = inputs * keep + layers * config.growth
 
-    def forward(self, pieces: list[Tensor]) -> Tensor:
-        width = pieces[0].shape[3]
-        running = join(pieces, width, self.reach)  # (B, C, H, W + 2·reach): the halo is kept through the block
-        new: list[Tensor] = []
+    def forward(self, pieces: list[Map]) -> list[Map]:
+        new: list[Map] = []
         for layer in self.layers:
-            assert isinstance(layer, Unit)
-            if new:
-                running = join([running, new[-1]], width, self.reach)  # (B, C + i·growth, H, W + 2·reach)
-            assert isinstance(layer.conv, Conv)
-            new.append(layer.finish(layer.conv.wrapped(running)))  # (B, growth, H, W)
-        return join([running, new[-1]] if self.keep else new, width)  # (B, outputs, H, W)
+            new.append(layer(*pieces, *new))  # (B, ΣC + i·growth, H, W) → (B, growth, H, W)
+        return new
 
 
 class Tiramisu(nn.Module):
@@ -73,41 +64,45 @@ class Tiramisu(nn.Module):
     def __init__(self, channels: int, classes: int, config: TiramisuConfig, kind: str, momentum: float, pole: str):
         super().__init__()
         self.multiple = 2 ** (len(config.blocks) - 1)
+        self.engine, self.checkpointing, self.pole = "auto", False, pole
         self.logit_dropout = config.dropout if config.dropout_on_logits else 0.0
         bias, drop = kind != "batch", config.dropout
 
         def unit(conv: Conv) -> Unit:
             return Unit(conv, kind, momentum, drop)
 
-        def block(inputs: int, layers: int, keep: bool) -> DenseBlock:
-            return DenseBlock(inputs, layers, keep, config, kind, momentum, pole)
+        def block(inputs: int, layers: int) -> DenseBlock:
+            return DenseBlock(inputs, layers, config, kind, momentum, pole)
 
         self.enter = unit(Conv(channels, config.first, config.kernel, bias=bias, pole=pole))
         self.down, self.shrink, skips, width = nn.ModuleList(), nn.ModuleList(), [], config.first
         for layers in config.blocks[:-1]:
-            self.down.append(block(width, layers, keep=True))
+            self.down.append(block(width, layers))
             width += layers * config.growth
             skips.append(width)
             self.shrink.append(unit(Conv(width, width, 1, stride=2, bias=bias)))
-        self.bottom = block(width, config.blocks[-1], keep=False)
-        self.grow, self.up, width = nn.ModuleList(), nn.ModuleList(), self.bottom.outputs
+        self.bottom = block(width, config.blocks[-1])
+        self.grow, self.up, inputs, width = nn.ModuleList(), nn.ModuleList(), 0, config.blocks[-1] * config.growth
         for level in reversed(range(len(skips))):
             self.grow.append(Up(width, width, bias=True))
-            ascent = block(width + skips[level], config.blocks[level], keep=level == 0)
-            self.up.append(ascent)
-            width = ascent.outputs
-        self.leave = Conv(width, classes, 1, bias=True)
+            inputs, layers = width + skips[level], config.blocks[level]
+            self.up.append(block(inputs, layers))
+            width = layers * config.growth
+        self.leave = Conv(inputs + width, classes, 1, bias=True)
 
     def forward(self, fields: Tensor) -> Tensor:
-        check_size(fields, self.multiple)
-        maps = self.enter(fields.contiguous(memory_format=torch.channels_last))  # (B, first, H, W)
-        skips: list[Tensor] = []
+        check_size(fields.shape[2], fields.shape[3], self.multiple)
+        columns = anchor(fields, self.multiple)
+        entered = enter(turn(fields, columns), self.engine, self.pole)  # (B, C, H, W)
+        maps = [self.enter(entered)]  # (B, first, H, W)
+        skips: list[list[Map]] = []
         for block, shrink in zip(self.down, self.shrink, strict=True):
-            skips.append(block([maps]))  # (B, C + n·growth, H/2ⁱ, W/2ⁱ)
-            maps = shrink(skips[-1])  # (B, C + n·growth, H/2ⁱ⁺¹, W/2ⁱ⁺¹)
-        maps = self.bottom([maps])  # (B, n·growth, H/multiple, W/multiple)
+            skips.append([*maps, *recomputed(block, self.checkpointing, block, maps)])  # (B, C + n·growth, H/2ⁱ, W/2ⁱ)
+            maps = [shrink(*skips[-1])]  # (B, C + n·growth, H/2ⁱ⁺¹, W/2ⁱ⁺¹)
+        new = recomputed(self.bottom, self.checkpointing, self.bottom, maps)  # (B, n·growth, H/multiple, W/multiple)
         for grow, block in zip(self.grow, self.up, strict=True):
-            maps = grow(maps)  # (B, n·growth, H/2ⁱ, W/2ⁱ)
-            maps = block([maps, skips.pop()])  # (B, n·growth, H/2ⁱ, W/2ⁱ); at the top the full tensor
-        logits = self.leave(maps)  # (B, K, H, W)
-        return drop(logits, self.logit_dropout, self.training)
+            wide = plain(grow(*new), entered)  # (B, n·growth, H/2ⁱ, W/2ⁱ)
+            maps = [wide, *skips.pop()]  # (B, n·growth + skip, H/2ⁱ, W/2ⁱ)
+            new = recomputed(block, self.checkpointing, block, maps)  # (B, n·growth, H/2ⁱ, W/2ⁱ)
+        logits = self.leave(*maps, *new)  # (B, n·growth + skip + n·growth, H, W) → (B, K, H, W)
+        return turn(drop(logits, self.logit_dropout, self.training), -columns)
