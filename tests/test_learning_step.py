@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import threading
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
@@ -97,19 +98,27 @@ class _Seat:
         tensor.copy_(total)
 
 
-def train(size: int, config: LearnConfig = CONFIG, steps: int = 3, spoil_at: int = -1) -> list[tuple[str, list[StepInfo]]]:
-    """What every member of a world of `size` ends with."""
+def meet(
+    size: int, config: LearnConfig = CONFIG, steps: int = 3, spoil_at: int = -1, prepare: Callable[[Learner], object] = repr
+) -> list[tuple[TrainState, list[StepInfo]]]:
+    """What every member of a world of `size` ends with; the last has infinite fields at step `spoil_at`."""
     meeting = Meeting(size)
 
-    def work(rank: int) -> tuple[str, list[StepInfo]]:
+    def work(rank: int) -> tuple[TrainState, list[StepInfo]]:
         with meeting.turn:
             one = learner(config, meeting.member(rank))
+            prepare(one)
             items = [share(s, rank, size, config, float("inf") if s == spoil_at else 0.0) for s in range(steps)]
             infos = [one.run(item, signal=rank) for item in items]
-            return digest(capture(one)), infos
+            return capture(one), infos
 
     with ThreadPoolExecutor(size) as pool:
         return list(pool.map(work, range(size)))
+
+
+def train(size: int, config: LearnConfig = CONFIG, steps: int = 3, spoil_at: int = -1) -> list[tuple[str, list[StepInfo]]]:
+    """The digests of what every member ends with."""
+    return [(digest(state), infos) for state, infos in meet(size, config, steps, spoil_at)]
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -205,26 +214,47 @@ def test_interrupted_step_leaves_no_trace():
     assert digest(capture(one)) == digest(capture(other))
 
 
-@pytest.mark.parametrize("lag", [0, 1])
-@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
-@pytest.mark.parametrize("ema", [0.0, 0.9])
-def test_resumed_run_is_the_same_run(lag, optimizer, ema):
-    config = replace(CONFIG, lag=lag, optim=replace(CONFIG.optim, optimizer=optimizer, ema=ema))
+def check_resume(config: LearnConfig, spoil_at: int = -1, prepare: Callable[[Learner], object] = repr) -> TrainState:
+    """Four steps in one go and with an interruption after two end with the same bits; returns the state between."""
+    items = [share(step, 0, 1, config, float("inf") if step == spoil_at else 0.0) for step in range(4)]
     straight, first = learner(config), learner(config)
-    for step in range(4):
-        straight.run(share(step, 0, 1))
-    for step in range(2):
-        first.run(share(step, 0, 1))
+    for one, part in ((straight, items), (first, items[:2])):
+        prepare(one)
+        list(one.steps(part))
     saved = capture(first)
     json.dumps(saved.facts)
     assert all(t.is_contiguous() for t in (*saved.weights.values(), *saved.tensors.values()))
-    assert any(name.startswith("lagged.") for name in saved.tensors) == bool(lag)
     resumed = Learner(initialise(NET, 99), config, NORMALISER, (0.5, 3.0, 2.0))
     restore(resumed, saved)
     assert digest(capture(resumed)) == digest(saved)
-    for step in range(2, 4):
-        resumed.run(share(step, 0, 1))
+    infos = list(resumed.steps(items[2:]))
+    assert [info.skipped for info in infos] == [spoil_at == 2, spoil_at == 3]
     assert digest(capture(resumed)) == digest(capture(straight))
+    assert digest(saved) != digest(capture(straight))
+    return saved
+
+
+@pytest.mark.parametrize("lag", [0, 1])
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd", "lamb"])
+@pytest.mark.parametrize("ema", [0.0, 0.9])
+def test_resumed_run_is_the_same_run(lag, optimizer, ema):
+    saved = check_resume(replace(CONFIG, lag=lag, optim=replace(CONFIG.optim, optimizer=optimizer, ema=ema)))
+    assert any(name.startswith("lagged.") for name in saved.tensors) == bool(lag)
+
+
+@pytest.mark.parametrize("lag", [0, 1])
+@pytest.mark.parametrize("spoil_at", [-1, 0, 1, 2])
+def test_resumed_float16_run_is_the_same_run(lag, spoil_at):
+    """Also with a skipped step before, at and after the interruption; without one the scale grows after it, at step 2."""
+    config = replace(CONFIG, precision="fp16", lag=lag, optim=replace(CONFIG.optim, optimizer="lamb"))
+
+    def almost_due(one: Learner) -> None:
+        one.scale.value, one.scale.good = 2.0**10, 997
+
+    saved = check_resume(config, spoil_at, almost_due)
+    expected = {-1: (2.0**10, 999), 0: (2.0**9, 1), 1: (2.0**9, 0), 2: (2.0**10, 999)}
+    assert (saved.facts["loss_scale"], saved.facts["good_steps"]) == expected[spoil_at]
+    assert any(name.startswith("lagged.") for name in saved.tensors) == (lag == 1 and spoil_at != 1)
 
 
 def test_weights_for_others_are_the_average():
@@ -267,11 +297,13 @@ def test_lag_applies_the_gradient_of_the_step_before():
     [
         {"precision": "bf16"},
         {"precision": "fp16"},
+        {"global_batch": 6},
         {"micro_batch": 3},
         {"lag": 1},
         {"seed": 5},
         {"exchange": "exact64"},
-        {"loss": LossConfig(weights="none", jaccard=1.0)},
+        {"exchange": "fast"},
+        {"loss": LossConfig(jaccard=1.0)},
         {"augment": AugmentConfig()},
         {"optim": OptimConfig(lr=0.5)},
     ],
@@ -279,10 +311,11 @@ def test_lag_applies_the_gradient_of_the_step_before():
 )
 def test_every_option_matters(changed):
     def outcome(config: LearnConfig) -> str:
+        """Of the tensors alone: facts like the cursor and the loss scale differ by themselves."""
         one = learner(config)
         for step in range(2):
             one.run(share(step, 0, 1, config))
-        return digest(capture(one))
+        return digest(replace(capture(one), facts={}))
 
     assert outcome(replace(CONFIG, **changed)) != outcome(CONFIG)
 
@@ -296,6 +329,24 @@ def test_float16_scale_is_halved_when_a_step_is_skipped_and_grows_again():
     one.scale.good = 999
     one.run(share(2, 0, 1))
     assert one.scale.value == start
+
+
+@pytest.mark.parametrize("lag", [0, 1])
+@pytest.mark.parametrize("where", ["fields", "gradient"])
+def test_float16_overflow_of_one_member_is_skipped_by_all(where, lag):
+    """At step 1 the scale is halved once on all three alike; they end as a world of one that met the same."""
+
+    def overflow(one: Learner) -> None:
+        if where == "gradient" and one.world.rank == one.world.size - 1:
+            one.flat.parameters[0].register_hook(lambda g: g * float("inf") if one.step == 1 else g)
+
+    config = replace(CONFIG, precision="fp16", lag=lag)
+    results = meet(3, config, 3, 1 if where == "fields" else -1, overflow)
+    for state, infos in results:
+        assert [info.skipped for info in infos] == [False, True, False]
+        assert (state.facts["loss_scale"], state.facts["good_steps"]) == (2.0**15, 1)
+    ((alone, _),) = meet(1, config, 3, 1 if where == "fields" else -1, overflow)
+    assert {digest(state) for state, _ in results} == {digest(alone)}
 
 
 def test_it_learns():

@@ -18,7 +18,7 @@ from raysegment.archive.snapshots import list_sources
 from raysegment.climate.channels import CLASSES
 from raysegment.climate.checks import BadInput
 from raysegment.climate.grid import Grid
-from raysegment.learning.metrics import confusion, iou, mean_iou, mlperf_iou
+from raysegment.learning.metrics import Scores, confusion, iou, mean_iou
 
 NAMES = ("background", "cyclone", "river")  # of the classes, in results
 _COUNT = len(CLASSES)
@@ -35,18 +35,17 @@ def evaluate(predicted: Paths, truth: Paths) -> dict[str, Any]:
     without a partner, which do not count.
     """
     pairs, unpaired = pair_files(predicted, truth)
-    total = np.zeros((_COUNT, _COUNT), np.int64)
+    total = Scores.none(_COUNT)
     parts: dict[str, dict[str, NDArray]] = {key: {} for key in ("month", "hemisphere", "region")}
-    scores: list[float] = []
     for month, grid, guess, true in _maps(pairs):
-        here = _counts(guess, true)
+        here = Scores.of(guess, true, _COUNT)
         total += here
-        scores.append(mlperf_iou(here))
-        _add(parts["month"], {month: here})
+        _add(parts["month"], {month: here.confusion.numpy()})
         _add(parts["hemisphere"], {zone: _counts(guess[at], true[at]) for zone, at in hemispheres(grid).items()})
         _add(parts["region"], {zone: _counts(guess[at], true[at]) for zone, at in regions(grid).items()})
     strata = {f"by_{key}": {zone: _result(part[zone]) for zone in sorted(part)} for key, part in parts.items()}
-    return {**_result(total), "mlperf_iou": float(np.mean(scores)), "snapshots": len(scores), **strata, "unpaired": unpaired}
+    score = {**_result(total.confusion.numpy()), "mlperf_iou": total.mlperf(), "snapshots": total.samples}
+    return {**score, **strata, "unpaired": unpaired}
 
 
 def _add(sums: dict[str, NDArray], counts: dict[str, NDArray]) -> None:

@@ -2,8 +2,8 @@
 
 The schedule is a pure function of the step. LARC (You, Gitman and Ginsburg 2017; local rate λ = η‖w‖/‖g‖) is taken on the
 mean gradient of the whole batch. Two traps of the 2018 code are avoided: a factor 1/N in λ (its learning rates had to
-grow like N³), and a factor on the gradient in front of Adam, which divides it out again. So around Adam the same rule
-bounds the update u itself, λ = η‖w‖/‖u‖, as LAMB does (You et al. 2020).
+grow like N³), and a factor on the gradient in front of Adam, which divides it out again. So around Adam and LAMB the same
+rule bounds the update u itself, λ = η‖w‖/‖u‖.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor
 from raysegment.learning.flat import Flat
 from raysegment.networks.blocks import choose
 
-OPTIMIZERS = ("adamw", "adam", "sgd")
+OPTIMIZERS = ("adamw", "adam", "sgd", "lamb")
 SCHEDULES = ("cosine", "polynomial", "constant")
 LARC_MODES = ("clip", "scale")
 
@@ -26,8 +26,9 @@ LARC_MODES = ("clip", "scale")
 class OptimConfig:
     """Optimizer, LARC and schedule.
 
-    `weight_decay` is decoupled in adamw, part of the gradient in adam and sgd; biases and norms are spared. `larc_mode`:
-    "clip" makes a layer's rate min(λ, lr), "scale" makes it λ·lr (LARS). `clip_norm` bounds the norm of the mean
+    `weight_decay` is decoupled in adamw and lamb, part of the gradient in adam and sgd; biases and norms are spared, also by
+    the factors of lamb and LARC. `larc_mode`: "clip" makes a layer's rate min(λ, lr), "scale" makes it λ·lr (LARS); around
+    lamb, whose updates are all as long as the weights, λ is `trust` itself. `clip_norm` bounds the norm of the mean
     gradient, `ema` is the decay of the moving average of weights; 0 switches either off. `final_lr` is the share of
     `lr` left at `total_steps`.
     """
@@ -122,20 +123,33 @@ class Optimizer:
         if config.clip_norm:
             clip_(gradient, config.clip_norm)
         flat.grads.copy_(gradient)
-        for group in self.torch.param_groups:
-            group["lr"] = lr
         if config.larc and config.optimizer == "sgd":
-            larc_gradient_(flat.views(flat.values)[: flat.weights], flat.views(flat.grads)[: flat.weights], lr, config)
-            self.torch.step()
-        elif config.larc:
-            before = flat.values.clone()
-            self.torch.step()
-            larc_update_(flat.views(flat.values)[: flat.weights], flat.views(before)[: flat.weights], lr, config)
+            larc_gradient_(_layers(flat, flat.values), _layers(flat, flat.grads), lr, config)
+            self._step(lr)
+        elif config.larc or config.optimizer == "lamb":
+            self._step_in_proportion(lr)
         else:
-            self.torch.step()
+            self._step(lr)
         if self.ema is not None:
             self.ema.lerp_(flat.values, 1 - config.ema)
         return lr
+
+    def _step_in_proportion(self, lr: float) -> None:
+        """A step of Adam whose length in each layer is then set by LAMB, by LARC, or by LARC after LAMB."""
+        config, flat = self.config, self.flat
+        before = flat.values.clone()
+        if config.optimizer == "lamb":
+            self._step(1.0)
+            lamb_update_(flat, before, lr)
+        else:
+            self._step(lr)
+        if config.larc:
+            larc_update_(_layers(flat, flat.values), _layers(flat, before), lr, config)
+
+    def _step(self, lr: float) -> None:
+        for group in self.torch.param_groups:
+            group["lr"] = lr
+        self.torch.step()
 
     def vectors(self) -> dict[str, Tensor]:
         """The optimizer's state: its own vectors by name, whole (P,), and `step` where it counts."""
@@ -167,7 +181,7 @@ class Optimizer:
 def _torch_optimizer(groups: list[dict], config: OptimConfig) -> torch.optim.Optimizer:
     if config.optimizer == "sgd":
         return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, nesterov=config.nesterov, fused=True)
-    kind = torch.optim.AdamW if config.optimizer == "adamw" else torch.optim.Adam
+    kind = torch.optim.Adam if config.optimizer == "adam" else torch.optim.AdamW
     return kind(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
 
 
@@ -192,6 +206,20 @@ def larc_gradient_(weights: list[Tensor], grads: list[Tensor], lr: float, config
         grad *= f
 
 
+def lamb_update_(flat: Flat, before: Tensor, lr: float) -> None:
+    """w ← w₀ − lr·(‖w₀‖/‖u‖)·u per layer (You et al. 2020, algorithm 2, φ the identity) where AdamW has made w = w₀ − u.
+
+    u is Adam's bias-corrected direction plus d·w₀, d the weight decay. AdamW ran at rate 1, because w₀ − w has most digits
+    of u then. A layer whose w₀ or u is zero moves by −lr·u, as biases and norms do.
+    """
+    steps = flat.values - before  # −u (P,)
+    sizes, slopes = _norms(_layers(flat, before)), _norms(_layers(flat, steps))
+    ratio = torch.where((sizes > 0) & (slopes > 0), sizes / slopes, 1.0)
+    for step, r in zip(_layers(flat, steps), ratio, strict=True):
+        step *= r
+    torch.add(before, steps, alpha=lr, out=flat.values)
+
+
 def larc_update_(weights: list[Tensor], before: list[Tensor], lr: float, config: OptimConfig) -> None:
     """w ← w₀ + f·(w − w₀) per layer with the update u = (w − w₀)/lr and λ = η‖w₀‖ / (‖u‖ + ε); f as in `larc_gradient_`."""
     steps = [weight - start for weight, start in zip(weights, before, strict=True)]
@@ -201,6 +229,11 @@ def larc_update_(weights: list[Tensor], before: list[Tensor], lr: float, config:
     factor = torch.where((sizes > 0) & (slopes > 0), factor, 1.0)
     for weight, start, step, f in zip(weights, before, steps, factor, strict=True):
         weight.copy_(torch.where(f == 1, weight, start + f * step))
+
+
+def _layers(flat: Flat, vector: Tensor) -> list[Tensor]:
+    """The tensors of a vector (P,) that LAMB and LARC treat one by one: all but biases and norms."""
+    return flat.views(vector)[: flat.weights]
 
 
 def _norms(tensors: list[Tensor]) -> Tensor:

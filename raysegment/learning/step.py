@@ -39,6 +39,8 @@ class LearnConfig:
     """How a network learns. `global_batch` tiles per step, computed `micro_batch` at a time; all else has its own page.
 
     `lag` 1 applies the gradient of the step before. `exchange`: "exact" (same bits in any world), "exact64", "fast".
+    `compile`: network and loss go through torch.compile, on GPUs into CUDA graphs; on CPUs it needs a C++ compiler and is
+    slower than what they do without. `checkpointing`: less memory, about a third more arithmetic.
     """
 
     global_batch: int = 8
@@ -46,6 +48,8 @@ class LearnConfig:
     precision: str = "bf16"
     lag: int = 0
     exchange: str = "exact"
+    compile: bool = False
+    checkpointing: bool = False
     seed: int = 0
     optim: OptimConfig = field(default_factory=OptimConfig)
     loss: LossConfig = field(default_factory=LossConfig)
@@ -142,6 +146,9 @@ class Learner:
         self.lagged: Tensor | None = None  # mean gradient (P,) that waits for the next step
         self.step = 0
         self._zero = normaliser.zero(self.device)
+        self.network.checkpointing = config.checkpointing  # pyright: ignore[reportArgumentType]
+        mode = "reduce-overhead" if self.device.type == "cuda" else None  # into CUDA graphs
+        self._objective = torch.compile(self.objective, mode=mode, dynamic=False) if config.compile else self.objective
 
     def steps(self, inputs: Iterable[StepInput]) -> Iterator[StepInfo]:
         """One `StepInfo` per input, as training goes on."""
@@ -183,14 +190,18 @@ class Learner:
         self.statistics.values.zero_()
         fields, mask = self.prepare(micro)
         torch.manual_seed(key(self.config.seed, positions[0]))  # dropout
-        with self.autocast():
-            logits = self.network(fields)  # (m, K, H, W)
-        value = loss(logits, mask, self.weights, self.config.loss)
+        value = self._objective(fields, mask)
         (value * self.scale.value).backward()
         if self.scale.value != 1.0:
             self.flat.grads /= self.scale.value
         offsets = [position - cursor for position in positions]
         exchange.add([self.flat.grads, self.statistics.values], offsets, value.item())
+
+    def objective(self, fields: Tensor, mask: Tensor) -> Tensor:
+        """The loss of normalised fields (m, C, H, W), a float32 scalar."""
+        with self.autocast():
+            logits = self.network(fields)  # (m, K, H, W)
+        return loss(logits, mask, self.weights, self.config.loss)
 
     def prepare(self, micro: MicroBatch) -> tuple[Tensor, Tensor]:
         """Normalised and varied fields (m, C, H, W) float32 and mask (m, H, W) on the device."""
