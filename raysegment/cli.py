@@ -16,6 +16,7 @@ import numpy as np
 
 from raysegment import config
 from raysegment.applications.bench import BenchConfig, bench
+from raysegment.applications.bench_step import AGAINST, StepConfig, bench_step, profile
 from raysegment.applications.campaign import CampaignConfig, run_campaign
 from raysegment.applications.demo import DemoConfig, run_demo
 from raysegment.applications.evaluate import evaluate
@@ -29,6 +30,8 @@ from raysegment.climate.synthetic import SyntheticConfig
 from raysegment.console import Console, table
 from raysegment.elastic.train import TrainConfig, train
 from raysegment.feed.stage import StageConfig, stage
+from raysegment.learning.step import PRECISIONS
+from raysegment.networks import NETWORKS
 
 BAD_INPUT, FAILURE = 2, 1
 CONFIGS = Path(__file__).parent / "configs"
@@ -260,14 +263,72 @@ def _inspect(options: argparse.Namespace, console: Console) -> dict[str, Any]:
 
 
 def _bench_options(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument("options", nargs="*", metavar="key=value", help="e.g. height=72 width=144 repeats=5")
+    sub.add_argument("what", choices=("step", "rest"), help="step: the training step; rest: reading tiles, and the rules")
+    sub.add_argument("options", nargs="*", metavar="key=value", help="e.g. network.tiramisu.growth=16; rest: height=72 width=144")
+    step = sub.add_argument_group("step")
+    step.add_argument("--network", choices=NETWORKS, help="which network (default: tiramisu)")
+    step.add_argument("--size", metavar="HxW", help="rows x columns of the map (default: 192x288)")
+    step.add_argument("--precision", choices=("both", *PRECISIONS), help="default: both, in turn, with their ratio")
+    step.add_argument("--batch", type=int, help="tiles per step (default: as many small maps as half a full one holds)")
+    step.add_argument("--repeats", type=int, help="steps of each kind, at most (default: 7)")
+    step.add_argument("--seconds", type=float, help="for all steps, about; each kind runs at least once (default: 240)")
+    step.add_argument("--against", choices=AGAINST, help="eager: plain torch in NCHW, in turn (default); none: without")
+    step.add_argument("--checkpointing", action="store_true", help="with activation checkpointing, and what that costs")
+    step.add_argument("--profile", action="store_true", help="where the time of one step goes, operation by operation")
+
+
+_STEP_WORDS = ("precision", "batch", "repeats", "seconds", "against", "checkpointing")
 
 
 def _bench(options: argparse.Namespace, console: Console) -> dict[str, Any]:
-    with console.phase("bench") as report:
-        result = bench(_configured(BenchConfig, None, options.options), report)
-    table("measured on this machine", ["what", "value"], [[key, value] for key, value in result.items()])
+    if options.what == "rest":
+        with console.phase("bench"):
+            result = bench(_configured(BenchConfig, None, options.options))
+        table("measured on this machine", ["what", "value"], [[key, value] for key, value in result.items()])
+        return result
+    settings = _configured(StepConfig, None, [*_step_words(options), *options.options])
+    if options.profile:
+        return _bench_profile(settings, console)
+    with console.phase("bench step") as report:
+        result = bench_step(settings, report)
+    _print_step(result)
     return result
+
+
+def _step_words(options: argparse.Namespace) -> list[str]:
+    """The options of `bench step` as key=value."""
+    words = [f"{key}={getattr(options, key)}" for key in _STEP_WORDS if getattr(options, key) not in (None, False)]
+    if options.network:
+        words.append(f"network.name={options.network}")
+    if options.size:
+        height, width = StageConfig.parse_tile(options.size, "--size")
+        words += [f"height={height}", f"width={width}"]
+    return words
+
+
+def _bench_profile(settings: StepConfig, console: Console) -> dict[str, Any]:
+    with console.phase("profile"):
+        rows = profile(settings, settings.precisions[0])
+    columns = ["operation", "calls", "ms", "share", "gflop", "share_of_peak", "gb", "gb_s"]
+    table(f"one {settings.precisions[0]} step", columns, [[row[c] for c in columns] for row in rows if row["share"] >= 0.002])
+    return {"precision": settings.precisions[0], "operations": rows}
+
+
+def _print_step(result: dict[str, Any]) -> None:
+    size = f"{result['batch']} × {result['height']}×{result['width']}"
+    network = f"{result['parameters'] / 1e6:.2f} M parameters, {result['tflop_per_sample']:.3f} TFLOP a sample"
+    what = f"{result['network']}, {size}, {network}"
+    kinds = [kind for kind in ("bf16", "fp16", "fp32", "eager", "kept") if result.get(kind)]
+    columns = ["samples/s", "16 %", "84 %", "TFLOP/s", "best", "share of peak", "steps"]
+    keys = ["samples_per_s", "samples_per_s_16", "samples_per_s_84", "sustained_tflops", "peak_tflops", "share_of_peak", "steps"]
+    table(what, ["step", *columns], [[kind, *(result[kind][key] for key in keys)] for kind in kinds])
+    peaks = f"machine's own peaks: bf16 {result['peak_bf16_tflops']:.3f}, fp32 {result['peak_fp32_tflops']:.3f} TFLOP/s"
+    print(peaks if result["bf16_in_hardware"] else f"{peaks} (no bf16 in hardware: float32 after rounding)")
+    ratios = {"bf16_over_fp32": "bf16 over fp32", "over_eager": "over plain torch", "over_kept": "over no checkpointing"}
+    for key, text in ratios.items():
+        if result.get(key):
+            print(f"{text}: {result[key]:.2f} ×")
+    print(f"resident: {result['resident_gib']:.2f} GiB")
 
 
 # ---------------------------------------------------------------- configuration
@@ -324,7 +385,8 @@ VERBS = (
          "raysegment map gfs.nc --masks masks/gfs.mask.nc --tracks storms.csv --out map.png", _map_options, _map),
     Verb("tune", "a hyperparameter campaign; run it again to resume",
          "raysegment tune tune/learning_rate.yaml", _tune_options, _tune),
-    Verb("bench", "measured speed beside the machine's own limits", "raysegment bench", _bench_options, _bench),
+    Verb("bench", "measured speed beside the machine's own limits",
+         "raysegment bench step --network deeplab --size 192x288", _bench_options, _bench),
     Verb("inspect", "what an archive file, shard set, mask, checkpoint or run holds", "raysegment inspect shards",
          _inspect_options, _inspect),
 )  # fmt: skip

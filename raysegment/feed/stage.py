@@ -58,12 +58,12 @@ class StageConfig:
             raise ValueError(f"expected a positive shard_mib and files_per_part, got {self.shard_mib} and {self.files_per_part}")
 
     @staticmethod
-    def parse_tile(text: str) -> tuple[int, int]:
+    def parse_tile(text: str, option: str = "--tile") -> tuple[int, int]:
         """`"256x384"` → (256, 384) rows by columns; `"256"` is a square."""
         rows, cross, columns = text.lower().replace(",", "x").partition("x")
         columns = columns if cross else rows
         if not (rows.isdigit() and columns.isdigit() and int(rows) and int(columns)):
-            raise BadInput("tile", "rows x columns, like 256x384", repr(text), "Write --tile 256x384.")
+            raise BadInput(option, "rows x columns, like 256x384", repr(text), f"Write {option} 256x384.")
         return int(rows), int(columns)
 
 
