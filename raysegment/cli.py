@@ -21,6 +21,7 @@ from raysegment.applications.campaign import CampaignConfig, run_campaign
 from raysegment.applications.demo import DemoConfig, run_demo
 from raysegment.applications.evaluate import evaluate
 from raysegment.applications.events_table import write_events
+from raysegment.applications.experiment import ExperimentConfig, run_experiment
 from raysegment.applications.inspect_ import inspect
 from raysegment.applications.pictures import draw_files, draw_occurrence
 from raysegment.applications.segment import SegmentConfig, segment
@@ -204,6 +205,15 @@ def _tune(options: argparse.Namespace, console: Console) -> dict[str, Any]:
     return result
 
 
+def _experiment_options(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("experiment", type=Path, help="an experiment file, e.g. tune/channels.yaml")
+    sub.add_argument("options", nargs="*", metavar="key=value", help="override keys, e.g. seeds=[0,1,2,3,4] base.train.steps=100")
+
+
+def _experiment(options: argparse.Namespace, console: Console) -> dict[str, Any]:
+    return run_experiment(_configured(ExperimentConfig, options.experiment, options.options), console)
+
+
 # ---------------------------------------------------------------- results
 
 
@@ -385,6 +395,8 @@ VERBS = (
          "raysegment map gfs.nc --masks masks/gfs.mask.nc --tracks storms.csv --out map.png", _map_options, _map),
     Verb("tune", "a hyperparameter campaign; run it again to resume",
          "raysegment tune tune/learning_rate.yaml", _tune_options, _tune),
+    Verb("experiment", "variants of a training run against each other, over several seeds; run it again to resume",
+         "raysegment experiment tune/channels.yaml", _experiment_options, _experiment),
     Verb("bench", "measured speed beside the machine's own limits",
          "raysegment bench step --network deeplab --size 192x288", _bench_options, _bench),
     Verb("inspect", "what an archive file, shard set, mask, checkpoint or run holds", "raysegment inspect shards",

@@ -130,7 +130,9 @@ def test_the_score_is_the_loss_of_the_last_tenth(tmp_path):
     assert smooth([1.0, 3.0, 5.0], 2) == [1.0, 2.0, 4.0]
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "tune").glob("*.yaml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path", sorted(p for p in (ROOT / "tune").glob("*.yaml") if "search:" in p.read_text()), ids=lambda path: path.stem
+)
 def test_shipped_campaigns_can_be_read(path):
     settings = configuration.load(CampaignConfig, configuration.read_yaml(path), path)
     assert all(settings.trial(point).steps for point in settings.corners())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,24 +10,39 @@ import pytest
 import torch
 
 from raysegment.applications.labellers import NetworkLabeller, _pad, parse_labeller, without_weights
-from raysegment.climate.channels import CLASSES, NAMES
+from raysegment.climate.channels import CLASSES, INDEX, NAMES
 from raysegment.climate.checks import BadInput
 from raysegment.climate.grid import Grid
 from raysegment.climate.synthetic import SyntheticConfig, generate
-from raysegment.elastic.checkpoints import Facts, write_checkpoint
+from raysegment.elastic.checkpoints import Facts, read_checkpoint, write_checkpoint
+from raysegment.elastic.train import train
+from raysegment.feed.stream import FeedConfig
+from raysegment.learning.metrics import confusion, iou
+from raysegment.learning.optim import OptimConfig
+from raysegment.learning.step import LearnConfig
 from raysegment.networks import NetworkConfig, TiramisuConfig, build
+from tests.small_archive import fields_and_mask
+from tests.small_training import config, write_shards
 
 TINY = NetworkConfig(tiramisu=TiramisuConfig(first=8, growth=4, kernel=3, blocks=(1, 1, 1), dropout=0.0))
 SNAPSHOT = generate(SyntheticConfig(snapshots=8, height=24, width=48), 1)
 
 
+def write(folder: Path, names: tuple[str, ...] = NAMES) -> Path:
+    """A checkpoint that reads `names`; its first weights for a channel are the same wherever the channel stands."""
+    torch.manual_seed(3)
+    places, weights = [INDEX.get(name, 0) for name in names], build(TINY).state_dict()
+    weights["enter.conv.weight"] = weights["enter.conv.weight"][:, places]
+    fields = SNAPSHOT.fields[places]
+    mean, std = (tuple(values.tolist()) for values in (fields.mean((1, 2)), fields.std((1, 2)) + 1e-12))
+    network = replace(TINY, channels=len(names))
+    facts = Facts(7, 56, network, names, mean, std, (7.5, 7.5), CLASSES, {"class_weights": [1.0, 5.0, 2.0]})
+    return write_checkpoint(folder, facts, weights, {})
+
+
 @pytest.fixture
 def checkpoint(tmp_path: Path) -> Path:
-    torch.manual_seed(3)
-    mean = tuple(float(v) for v in SNAPSHOT.fields.mean((1, 2)))
-    std = tuple(float(v) for v in SNAPSHOT.fields.std((1, 2)) + 1e-12)
-    facts = Facts(7, 56, TINY, NAMES, mean, std, (7.5, 7.5), CLASSES, {"class_weights": [1.0, 5.0, 2.0]})
-    return write_checkpoint(tmp_path, facts, build(TINY).state_dict(), {})
+    return write(tmp_path)
 
 
 def labeller(path: Path) -> NetworkLabeller:
@@ -92,3 +108,44 @@ def test_neither_rules_nor_folder_is_refused(tmp_path: Path) -> None:
         parse_labeller(tmp_path / "nothing")
     with pytest.raises(BadInput):
         parse_labeller(tmp_path)
+
+
+def test_a_network_of_some_channels_sees_those_and_no_others(tmp_path: Path) -> None:
+    some = labeller(write(tmp_path, ("TMQ", "PSL", "V850")))
+    known = some.probabilities(SNAPSHOT.fields, SNAPSHOT.grid)
+    for name in NAMES:
+        fields = SNAPSHOT.fields.copy()
+        fields[INDEX[name]] = fields[INDEX[name], ::-1]
+        same = np.array_equal(some.probabilities(fields, SNAPSHOT.grid), known)
+        assert same == (name not in ("TMQ", "PSL", "V850")), name
+
+
+@pytest.mark.parametrize("shape", [(24, 48), (36, 72)])
+def test_the_order_of_channels_is_the_networks_own_affair(tmp_path: Path, shape: tuple[int, int]) -> None:
+    grid, fields = Grid.global_(*shape), np.random.default_rng(1).normal(size=(16, *shape)).astype(np.float32)
+    one = labeller(write(tmp_path / "one", ("TMQ", "U850", "V850", "PSL"))).probabilities(fields, grid)
+    other = labeller(write(tmp_path / "other", ("PSL", "V850", "TMQ", "U850"))).probabilities(fields, grid)
+    assert np.allclose(one, other, atol=2e-2)  # bf16
+    assert not np.allclose(one, labeller(write(tmp_path / "next", ("TMQ", "U850", "V850", "PS"))).probabilities(fields, grid))
+
+
+def test_a_network_of_unknown_channels_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match=r"channels among TMQ, .* got CHLOROPHYLL"):
+        parse_labeller(write(tmp_path, ("TMQ", "CHLOROPHYLL")))
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("two_cpus")
+def test_four_channels_from_training_to_the_mask(tmp_path: Path) -> None:
+    """Cyclones lie where PSL is low, rivers where TMQ is high: who reads these finds both in maps it has not seen."""
+    names = ("PSL", "U850", "TMQ", "V850")
+    learn = LearnConfig(global_batch=6, micro_batch=3, seed=3, optim=OptimConfig(lr=3e-2))
+    shards = write_shards(tmp_path / "shards")
+    asked = config(shards, tmp_path / "run", channels=names, steps=30, learn=learn, feed=FeedConfig(kind="direct"))
+    facts = read_checkpoint(train(asked)["checkpoint"]).facts
+    assert (facts.channels, facts.network.channels, len(facts.mean), len(facts.std)) == (names, 4, 4, 4)
+    made, counts = labeller(tmp_path / "run"), np.zeros((3, 3))
+    for seed in range(100, 104):
+        fields, truth = fields_and_mask(seed)
+        counts += confusion(made.label(fields, Grid.global_(16, 32))[0], truth, 3).numpy()
+    assert iou(counts)[1:].min() > 0.6

@@ -49,21 +49,40 @@ class RulesLabeller:
 
 
 @dataclass(frozen=True)
+class _Loaded:
+    """A checkpoint in memory.
+
+    `places` of the network's channels among the 16, their `mean` and `std` (C, 1, 1), class `weights` of its loss (3, 1, 1).
+    """
+
+    network: nn.Module
+    places: list[int]
+    mean: torch.Tensor
+    std: torch.Tensor
+    weights: torch.Tensor
+    spacing_deg: tuple[float, float]
+
+
+@dataclass(frozen=True)
 class NetworkLabeller:
-    """A checkpoint as a labeller; maps of another spacing are regridded to the network's own and the probabilities back."""
+    """A checkpoint as a labeller: it takes the network's channels out of the 16 by name.
+
+    Maps of another spacing are regridded to the network's own, and the probabilities back.
+    """
 
     checkpoint: Path
     name: str
 
     @cached_property
-    def _loaded(self) -> tuple[nn.Module, torch.Tensor, torch.Tensor, torch.Tensor, tuple[float, float]]:
-        """(network, mean (16,1,1), std (16,1,1), class weights of its loss (3,1,1), spacing in degrees)."""
+    def _loaded(self) -> _Loaded:
         read = read_checkpoint(self.checkpoint, training=False)
         network = build(read.facts.network).to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
         network.load_state_dict(read.weights)
         column = lambda values: torch.tensor(values, dtype=torch.float32)[:, None, None]
         weights = read.facts.provenance.get("class_weights", [1.0] * len(read.facts.classes))
-        return network.eval(), column(read.facts.mean), column(read.facts.std), column(weights), read.facts.spacing_deg
+        places = [channels.INDEX[name] for name in read.facts.channels]
+        mean, std = column(read.facts.mean), column(read.facts.std)
+        return _Loaded(network.eval(), places, mean, std, column(weights), read.facts.spacing_deg)
 
     def label(self, fields: NDArray, grid: Grid) -> tuple[NDArray[np.uint8], NDArray]:
         probabilities = self.probabilities(fields, grid)
@@ -71,21 +90,22 @@ class NetworkLabeller:
 
     def probabilities(self, fields: NDArray, grid: Grid) -> NDArray[np.float32]:
         """Class probabilities (3, H, W) on the map's own grid."""
-        dlat, dlon = self._loaded[-1]
+        dlat, dlon = self._loaded.spacing_deg
         near = abs(grid.dlat / dlat - 1) < SPACING_TOLERANCE and abs(grid.dlon / dlon - 1) < SPACING_TOLERANCE
         own = grid if near else to_spacing(grid, dlat, dlon)
-        result = regrid(self._infer(regrid(fields, grid, own), own.periodic), own, grid)
+        seen = regrid(fields[self._loaded.places], grid, own)  # (C, H, W)
+        result = regrid(self._infer(seen, own.periodic), own, grid)
         return (result / result.sum(0)).astype(np.float32)
 
     @torch.inference_mode()
     def _infer(self, fields: NDArray, periodic: bool) -> NDArray[np.float32]:
-        network, mean, std, weights, _ = self._loaded
-        normal = (torch.from_numpy(np.ascontiguousarray(fields, np.float32)) - mean) / std
-        padded, rows, columns = _pad(normal[None], int(network.multiple), periodic)  # pyright: ignore[reportArgumentType]
+        own = self._loaded
+        normal = (torch.from_numpy(np.ascontiguousarray(fields, np.float32)) - own.mean) / own.std
+        padded, rows, columns = _pad(normal[None], int(own.network.multiple), periodic)  # pyright: ignore[reportArgumentType]
         with torch.autocast("cpu", torch.bfloat16):
-            logits = network(padded.contiguous(memory_format=torch.channels_last))
+            logits = own.network(padded.contiguous(memory_format=torch.channels_last))
         probabilities = logits[0, :, rows, columns].float().softmax(0)
-        return without_weights(probabilities, weights).numpy()
+        return without_weights(probabilities, own.weights).numpy()
 
 
 def without_weights(probabilities: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
@@ -105,9 +125,10 @@ def parse_labeller(spec: str | Path) -> Labeller:
         raise BadInput(spec, "rules:PRESET, or the folder of a checkpoint or run", "no such folder", "Check the path.")
     path = find_checkpoint(spec).resolve()
     facts = read_checkpoint(path, training=False).facts
-    if facts.channels != channels.NAMES:
-        got = ", ".join(facts.channels)
-        raise BadInput(path, f"a network of the channels {', '.join(channels.NAMES)}", got, "Train on these.")
+    unknown = [name for name in facts.channels if name not in channels.INDEX]
+    if unknown:
+        expected, got = f"a network of channels among {', '.join(channels.NAMES)}", ", ".join(unknown)
+        raise BadInput(path, expected, got, "Use the version of raysegment that wrote it.")
     digest = str(facts.provenance.get("weights_sha256", ""))[:12]
     return NetworkLabeller(path, f"network {facts.network.name} at step {facts.step} {digest}".strip())
 

@@ -39,8 +39,8 @@ _RETRAIN = "Use an older checkpoint of the run, or train again"
 class Facts:
     """What a checkpoint says about itself, all of it readable as JSON.
 
-    `mean`, `std` (16) are the training tiles' moments in SI units; `reference`, `scale` (16) those of the float16
-    format; `spacing_deg` (dlat, dlon); `training` whatever the trainer wants back besides tensors.
+    `channels` (C) are what the network reads, in this order; `mean`, `std` (C) their moments in the training tiles, in SI
+    units; `spacing_deg` (dlat, dlon); `training` whatever the trainer wants back besides tensors.
     """
 
     step: int

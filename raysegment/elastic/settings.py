@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from raysegment.archive.shards import Manifest
+from raysegment.climate.channels import NAMES
 from raysegment.climate.checks import BadInput
 from raysegment.elastic.chaos import Plan
 from raysegment.feed.order import Order
@@ -15,6 +16,7 @@ from raysegment.feed.stream import FeedConfig
 from raysegment.learning.optim import OptimConfig
 from raysegment.learning.step import LearnConfig, initialise
 from raysegment.networks import NetworkConfig
+from raysegment.networks.blocks import choose
 
 DEVICES = ("auto", "cpu", "cuda")
 
@@ -36,6 +38,7 @@ class CheckpointConfig:
 class TrainConfig:
     """A training run: `shards` to learn from, the run folder `out`, how long, with how many workers, what and how.
 
+    `channels` are those that the network reads, in this order; none named means all 16. Shards always hold all 16.
     `steps` or, where it is 0, `epochs` says how long; the learning-rate schedule spans exactly that. `cpus_per_worker`
     CPUs are reserved for each worker, which computes with as many threads. `timeout_s` is how long a collective may hang
     before the group starts again; `max_failures` bounds restarts (−1: no bound), `max_fruitless` those in a row without
@@ -45,6 +48,7 @@ class TrainConfig:
     shards: str = ""
     out: str = "runs/train"
     name: str = "train"
+    channels: tuple[str, ...] = ()
     steps: int = 0
     epochs: float = 10.0
     workers: int = 1
@@ -60,6 +64,7 @@ class TrainConfig:
     chaos: str = ""
 
     def __post_init__(self) -> None:
+        check_channels(self.channels)
         if self.device not in DEVICES:
             raise ValueError(f"device: expected one of {', '.join(DEVICES)}, got {self.device!r}")
         if self.steps < 0 or (self.steps == 0 and self.epochs <= 0):
@@ -75,12 +80,17 @@ class TrainConfig:
         """Threads a worker computes with."""
         return max(1, int(self.cpus_per_worker))
 
+    @property
+    def channel_names(self) -> tuple[str, ...]:
+        """What the network reads, by name."""
+        return self.channels or NAMES
+
     def resolved(self, manifest: Manifest) -> TrainConfig:
-        """With `steps` and the schedule's length filled in, checked against the shards; BadInput where they do not fit.
+        """With steps, the schedule's length and `network.channels` filled in; BadInput where the shards do not fit.
 
         `learn.augment.roll` is switched off for tiles that do not close the circle.
         """
-        self._check_tiles(manifest)
+        network = self._network(manifest)
         steps = self.steps or self.order(manifest).steps(self.epochs)
         total = self.learn.optim.total_steps
         if total not in (OptimConfig().total_steps, steps):
@@ -89,21 +99,38 @@ class TrainConfig:
         if not manifest.periodic:  # a tile that does not close the circle has no other side to roll in from
             augment = replace(augment, roll=False)
         learn = replace(self.learn, optim=replace(self.learn.optim, total_steps=steps), augment=augment)
-        return replace(self, steps=steps, learn=learn)
+        return replace(self, steps=steps, learn=learn, network=network)
 
     def order(self, manifest: Manifest) -> Order:
         return Order(manifest.tiles, self.learn.global_batch, self.learn.micro_batch, self.learn.seed)
 
-    def _check_tiles(self, manifest: Manifest) -> None:
-        if self.network.channels != len(manifest.channels) or self.network.classes != len(manifest.classes):
-            expected = f"{len(manifest.channels)} channels and {len(manifest.classes)} classes"
-            got = f"{self.network.channels} and {self.network.classes}"
-            raise BadInput("network", expected, got, "Leave network.channels and network.classes at their defaults.")
-        multiple = int(initialise(self.network, 0).multiple)  # pyright: ignore[reportArgumentType]
+    def _network(self, manifest: Manifest) -> NetworkConfig:
+        """The network with its number of channels; BadInput where it cannot read or label the tiles."""
+        count, asked = len(self.channel_names), self.network
+        if asked.channels not in (NetworkConfig().channels, count) or asked.classes != len(manifest.classes):
+            expected = f"{count} channels and {len(manifest.classes)} classes"
+            remedy = "Leave network.channels and network.classes at their defaults; `channels` decides."
+            raise BadInput("network", expected, f"{asked.channels} and {asked.classes}", remedy)
+        network = replace(asked, channels=count)
+        self._check_tiles(manifest, network)
+        return network
+
+    def _check_tiles(self, manifest: Manifest, network: NetworkConfig) -> None:
+        multiple = int(initialise(network, 0).multiple)  # pyright: ignore[reportArgumentType]
         height, width = manifest.tile
         if height % multiple or width % multiple:
             remedy = f"Stage with --tile {max(1, height // multiple) * multiple}x{max(1, width // multiple) * multiple}."
             raise BadInput(self.shards, f"tiles whose sides divide by the network's {multiple}", f"{height}x{width}", remedy)
+
+
+def check_channels(channels: tuple[str, ...]) -> None:
+    """Raise a ValueError unless these are names of channels, each once."""
+    if any(len(name) == 1 for name in channels):  # a text has been taken for a list of letters
+        raise ValueError("channels: expected a list like [TMQ, PSL], got a text without brackets")
+    for name in channels:
+        choose("channels", name, NAMES)
+    if len(set(channels)) < len(channels):
+        raise ValueError(f"channels: expected each name once, got {', '.join(channels)}")
 
 
 # What may differ when a run is continued: it changes how the result is reached, not the result.
@@ -115,7 +142,8 @@ _DERIVED = "learn.optim.total_steps"
 def identity(config: TrainConfig | Mapping[str, Any]) -> dict[str, Any]:
     """The keys (dotted) and values that make a run the run it is."""
     tree = config if isinstance(config, Mapping) else plain(config)
-    return {key: value for key, value in _flat(tree) if key.split(".")[0] not in _FREE and key != _DERIVED}
+    tree = {**tree, "channels": list(tree.get("channels") or NAMES)}  # none named means all
+    return {key: value for key, value in flat(tree) if key.split(".")[0] not in _FREE and key != _DERIVED}
 
 
 def plain(config: Any) -> dict[str, Any]:
@@ -131,9 +159,10 @@ def _plain(value: Any) -> Any:
     return str(value) if isinstance(value, Path) else value
 
 
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """The values of nested mappings, each with its dotted key."""
     for key, value in tree.items():
         if isinstance(value, Mapping):
-            yield from _flat(value, f"{prefix}{key}.")
+            yield from flat(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value

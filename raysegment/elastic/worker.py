@@ -86,7 +86,7 @@ def _work(config: TrainConfig, run: Run, rank: int) -> None:
 def make_learner(config: TrainConfig, manifest: Manifest, device: torch.device | str) -> Learner:
     """A fresh learner in the process group of this worker."""
     network = initialise(config.network, config.learn.seed)
-    normaliser = Normaliser.of(manifest.mean, [max(std, 1e-30) for std in manifest.std])
+    normaliser = Normaliser.of(manifest.mean, [max(std, 1e-30) for std in manifest.std], config.channel_names)
     weights = class_weights(manifest.class_counts, config.learn.loss.weights)
     return Learner(network, config.learn, normaliser, weights, Distributed(), device)
 
@@ -212,9 +212,9 @@ class Scribe:
             "torch": torch.__version__,
         }
         facts = Facts(
-            step=state.facts["step"], cursor=state.facts["cursor"], network=self.config.network, channels=held.channels,
-            mean=held.mean, std=held.std, spacing_deg=held.spacing_deg, classes=held.classes, provenance=provenance,
-            training=state.facts,
+            step=state.facts["step"], cursor=state.facts["cursor"], network=self.config.network,
+            channels=learner.normaliser.names, mean=learner.normaliser.mean, std=learner.normaliser.std,
+            spacing_deg=held.spacing_deg, classes=held.classes, provenance=provenance, training=state.facts,
         )  # fmt: skip
         path = write_checkpoint(self.run.checkpoints, facts, state.weights, state.tensors, self.config.checkpoint.keep)
         self.written = time.monotonic()

@@ -23,6 +23,7 @@ from raysegment.networks.bands import Band, bands
 CHANNELS_LAST = torch.channels_last
 _BN = torch.ops.aten.native_batch_norm
 _BN_BACKWARD = torch.ops.aten.native_batch_norm_backward
+_THRESHOLD_BACKWARD = torch.ops.aten.threshold_backward.grad_input
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,15 +58,21 @@ class Deferred:
 
     def read(self, samples: slice, rows: slice, step: int = 1) -> Tensor:
         """The activated map there (every `step`-th row and column); a view of `raw` where nothing is to be done."""
-        part = self.raw[samples, :, rows.start : rows.stop : step, ::step]
-        affine = self.recipe.affine
-        if affine is not None:
-            part = affine(part.contiguous(memory_format=CHANNELS_LAST))
+        part = self._normalised(samples, rows, step)
         if self.recipe.relu:
-            part = part.clamp_min(0) if affine is None else part.clamp_min_(0)
-        if self.kept is not None:
-            part = part * self.kept[samples, :, rows.start : rows.stop : step, ::step]
-        return part
+            part = part.clamp_min(0) if self.recipe.affine is None else part.clamp_min_(0)
+        return part if self.kept is None else part * self.kept[samples, :, rows.start : rows.stop : step, ::step]
+
+    def read_into(self, out: Tensor, samples: slice, rows: slice, step: int = 1) -> None:
+        """The same, written into `out` in one pass less where types allow it."""
+        if self.recipe.relu and self.kept is None and out.dtype == self.raw.dtype:
+            torch.clamp_min(self._normalised(samples, rows, step), 0, out=out)
+        else:
+            out.copy_(self.read(samples, rows, step))
+
+    def _normalised(self, samples: slice, rows: slice, step: int) -> Tensor:
+        part = self.raw[samples, :, rows.start : rows.stop : step, ::step]
+        return part if self.recipe.affine is None else self.recipe.affine(part.contiguous(memory_format=CHANNELS_LAST))
 
     def tensor(self) -> Tensor:
         """The activated map as an ordinary tensor."""
@@ -114,7 +121,7 @@ def gather(pieces: Sequence[Deferred], band: Band, rows: int, halo: tuple[int, i
     joined[:, :, above + seen :].zero_()
     core, start = joined[:, :, above : above + seen], 0
     for piece in pieces:
-        core[:, start : start + piece.raw.shape[1], :, west : west + columns].copy_(piece.read(band.samples, inside, step))
+        piece.read_into(core[:, start : start + piece.raw.shape[1], :, west : west + columns], band.samples, inside, step)
         start += piece.raw.shape[1]
     _close(core, west, columns, east)
     return joined
@@ -199,14 +206,15 @@ def _deactivate(act: Deferred, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     result = new_map(raw, tuple(raw.shape))  # type: ignore[arg-type]
     sums: list[Tensor] = []
     for band in _whole(raw):
-        part, before = grad[band.samples, :, band.rows], raw[band.samples, :, band.rows]
+        part, before, found = (maps[band.samples, :, band.rows] for maps in (grad, raw, result))
         if act.kept is not None:
             part = part * act.kept[band.samples, :, band.rows]
         if act.recipe.relu:
-            part = torch.ops.aten.threshold_backward(part, before if affine is None else affine(before), 0)
-        result[band.samples, :, band.rows].copy_(part)
+            _THRESHOLD_BACKWARD(part, before if affine is None else affine(before), 0, grad_input=found)
+        else:
+            found.copy_(part)
         if affine is not None:
-            sums.append(torch.stack(_sums(part, before, affine)))
+            sums.append(torch.stack(_sums(found, before, affine)))
     total = torch.stack(sums).double().sum(0).to(sums[0].dtype) if sums else torch.empty(2, 0)
     return result, total[0], total[1]
 
@@ -225,10 +233,10 @@ def _renormalise(grad: Tensor, raw: Tensor, affine: Affine, per_gamma: Tensor, p
     shift = Affine(-slope * inverse * per_gamma / count, -slope * per_beta / count, affine.mean, one, 0.0) if count else None
     for band in _whole(raw):
         part = grad[band.samples, :, band.rows]
-        found = scale(part)
-        if shift is not None:
-            found += shift(raw[band.samples, :, band.rows])
-        part.copy_(found)
+        if shift is None:
+            part.copy_(scale(part))
+        else:
+            torch.add(scale(part), shift(raw[band.samples, :, band.rows]), out=part)
 
 
 def channel_sums(maps: Tensor) -> Tensor:
@@ -245,7 +253,7 @@ class _Written(torch.autograd.Function):
     def forward(ctx: Any, recipe: Recipe, kept: Tensor | None, raw: Tensor) -> Tensor:
         result, act = new_map(raw, tuple(raw.shape)), Deferred(raw, recipe, kept)  # type: ignore[arg-type]
         for band in _whole(raw):
-            result[band.samples, :, band.rows].copy_(act.read(band.samples, band.rows))
+            act.read_into(result[band.samples, :, band.rows], band.samples, band.rows)
         return result
 
     @outside_autocast
