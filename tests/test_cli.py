@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from raysegment.applications import bench_step
 from raysegment.archive.masks import read_probabilities
 from raysegment.cli import BAD_INPUT, VERBS, main, parse, parser
 from tests.helpers import real_data
@@ -49,7 +50,10 @@ def test_help_has_an_example_that_parses(verb, capsys: pytest.CaptureFixture[str
         ["events", "/nowhere", "--out", "x"],
         ["map", "/nowhere", "--out", "x.png"],
         ["tune", "/nowhere.yaml"],
-        ["bench", "repeats=0"],
+        ["bench", "rest", "repeats=0"],
+        ["bench", "step", "--size", "0x288"],
+        ["bench", "step", "--network", "deeplab", "--size", "190x288"],
+        ["experiment", "/nowhere.yaml"],
         ["demo", "steps=none", "--out", "x"],
         ["demo", "--map", "/nowhere.nc", "--out", "x"],
     ],
@@ -124,10 +128,46 @@ def test_tutorial_on_a_real_map(tmp_path: Path, capsys: pytest.CaptureFixture[st
         assert run(capsys, "inspect", path)["kind"] == kind
 
 
-@pytest.mark.ray
-def test_bench_measures_beside_the_limits(capsys: pytest.CaptureFixture[str]) -> None:
-    result = run(capsys, "bench", "height=32", "width=64", "batch=1", "repeats=1", "threads=1", "network.tiramisu.first=8",
-                 "network.tiramisu.growth=4", "network.tiramisu.kernel=3", "network.tiramisu.blocks=[1, 1]")  # fmt: skip
-    assert result["limit_bfloat16_gflop_s"] > 1
-    assert 0 < result["training_bfloat16_share_of_limit"] < 1
+TINY_STEP = ["--batch", "2", "--repeats", "2", "--seconds", "20", "network.tiramisu.first=8", "network.tiramisu.growth=4",
+             "network.tiramisu.kernel=3", "network.tiramisu.blocks=[1, 1]"]  # fmt: skip
+
+
+@pytest.fixture
+def small_peaks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench_step, "MATMUL", 512)
+    monkeypatch.setattr(bench_step, "CONVOLUTION", (64, 48, 96))
+
+
+@pytest.mark.usefixtures("small_peaks")
+def test_bench_step_measures_beside_the_limits_and_plain_torch(capsys: pytest.CaptureFixture[str]) -> None:
+    result = run(capsys, "bench", "step", "--network", "tiramisu", "--size", "32x64", *TINY_STEP)
+    assert (result["height"], result["width"], result["batch"]) == (32, 64, 2)
+    assert result["parameters"] > 1000
+    assert result["tflop_per_sample"] > 0
+    for precision in ("bf16", "fp32"):
+        found = result[precision]
+        assert found["tflops"] == pytest.approx(found["samples_per_s"] * result["tflop_per_sample"])
+        assert found["share_of_peak"] == pytest.approx(found["tflops"] / result[f"peak_{precision}_tflops"])
+        assert found["samples_per_s_16"] <= found["samples_per_s"] <= found["samples_per_s_84"]
+        assert found["sustained_tflops"] <= found["peak_tflops"]
+    assert result["bf16_over_fp32"] == pytest.approx(result["fp32"]["step_s"] / result["bf16"]["step_s"])
+    assert result["over_eager"] == pytest.approx(result["eager"]["step_s"] / result["bf16"]["step_s"])
+
+
+@pytest.mark.usefixtures("small_peaks")
+def test_bench_step_prints_the_cost_of_checkpointing_and_a_profile(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--size", "32x64", "--precision", "fp32", *TINY_STEP]
+    result = run(capsys, "bench", "step", *words, "--against", "none", "--checkpointing")
+    assert result["bf16"] is None
+    assert result["over_eager"] is None
+    assert result["over_kept"] == pytest.approx(result["kept"]["step_s"] / result["fp32"]["step_s"])
+    rows = {row["operation"]: row for row in run(capsys, "bench", "step", *words, "--profile")["operations"]}
+    forward = run(capsys, "bench", "step", *words, "--against", "none")["tflop_per_sample"] * 1e3 / 3
+    assert rows["convolution"]["gflop"] >= 2 * forward  # of both samples; backward convolves, too
+    assert all(row["ms"] >= 0 and row["gb"] >= 0 for row in rows.values())
+
+
+def test_bench_rest(capsys: pytest.CaptureFixture[str]) -> None:
+    result = run(capsys, "bench", "rest", "height=32", "width=64", "repeats=1")
     assert result["tiles_per_s"] > 0
+    assert result["rules_default_s"] > 0

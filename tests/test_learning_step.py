@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -26,7 +27,7 @@ from raysegment.learning.normalise import Normaliser
 from raysegment.learning.optim import OptimConfig
 from raysegment.learning.state import TrainState, capture, restore
 from raysegment.learning.step import LearnConfig, Learner, StepInfo, initialise
-from raysegment.networks import NetworkConfig, TiramisuConfig
+from raysegment.networks import DeepLabConfig, NetworkConfig, TiramisuConfig
 
 NET = NetworkConfig(tiramisu=TiramisuConfig(first=4, growth=4, kernel=3, blocks=(1, 1), dropout=0.2))
 CONFIG = LearnConfig(
@@ -423,3 +424,21 @@ def test_same_bits_over_gloo(tmp_path):
     for step in range(2):
         one.run(share(step, 0, 1))
     assert found == {digest(capture(one))}
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not any(map(shutil.which, ("c++", "g++", "clang++"))), reason="torch.compile needs a C++ compiler on CPUs")
+@pytest.mark.parametrize("net", [
+    NET, NetworkConfig("deeplab", deeplab=DeepLabConfig(width=4, blocks=(1, 1, 1, 1), rates=(1, 2))),
+], ids=["tiramisu", "deeplab"])  # fmt: skip
+def test_compiled_step_is_the_step(net):
+    """The same loss, weights and statistics up to the order of sums: after one step, in float32, without dropout."""
+    net = replace(net, tiramisu=replace(net.tiramisu, dropout=0.0))
+    config = replace(CONFIG, global_batch=2, augment=AugmentConfig(), optim=OptimConfig(optimizer="sgd", lr=0.1))
+    fields = torch.randn(2, 16, 16, 24, generator=torch.Generator().manual_seed(1))
+    tiles = MicroBatch(torch.arange(2), fields.half(), fields[:, :3].argmax(1).to(torch.uint8))
+    plain, compiled = (learner(replace(config, compile=wanted), net=net) for wanted in (False, True))
+    losses = [one.run(StepInput(0, [tiles])).loss for one in (plain, compiled)]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+    torch.testing.assert_close(compiled.flat.values, plain.flat.values, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(compiled.statistics.values, plain.statistics.values, rtol=1e-4, atol=1e-5)

@@ -104,14 +104,16 @@ def test_float32_is_as_close_to_float64_as_plain_torch_is(name, limit):
     assert error(ours) <= 3 * error(plain) + 1e-5
 
 
+@pytest.mark.parametrize("native", [True, False], ids=["multiplied as it is", "widened"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("unit", [
     lambda: Unit(Conv(6, 5, 3), "batch", 0.1),
     lambda: Unit(Conv(6, 5, 1, stride=2), "batch", 0.1),
     lambda: Unit(Up(6, 5), "batch", 0.1),
 ], ids=["3×3", "1×1 stride 2", "transposed"])  # fmt: skip
-def test_short_types_round_and_nothing_else(unit, dtype, limit):
+def test_short_types_round_and_nothing_else(unit, dtype, native, limit, monkeypatch):
     """Half precision is float32 arithmetic on rounded operands, on every CPU: within a rounding or two of it."""
+    monkeypatch.setattr(kernels, "multiplies", lambda asked: native or asked not in (torch.bfloat16, torch.float16))
     torch.manual_seed(0)
     layer = unit()
     pieces = [torch.randn(2, channels, 16, 12).to(dtype).to(memory_format=torch.channels_last) for channels in (4, 2)]

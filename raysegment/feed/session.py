@@ -47,5 +47,10 @@ def _worker_environment() -> dict[str, str]:
     """What Ray's processes must see: where the package is, and what drivers see, for those that drive trials."""
     here = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
     paths = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
-    own = {"PYTHONPATH": os.pathsep.join(dict.fromkeys([here, *paths])), "RAY_DATA_DISABLE_PROGRESS_BARS": "1"}
+    own = {
+        "PYTHONPATH": os.pathsep.join(dict.fromkeys([here, *paths])),
+        "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
+        # Ray Train computes in a thread, for which glibc has an arena that maps and unmaps every large tensor anew
+        "MALLOC_ARENA_MAX": "1",
+    }
     return {**{name: os.environ.get(name, value) for name, value in _driver_environment().items()}, **own}

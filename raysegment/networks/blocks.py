@@ -75,7 +75,7 @@ def anchor(fields: Tensor, multiple: int) -> Tensor:
 
 def turn(maps: Tensor, columns: Tensor) -> Tensor:
     """Maps (B, C, H, W) rotated westward by `columns` (B,) of their own."""
-    if maps.device.type == "cpu":
+    if maps.device.type == "cpu" and not torch.compiler.is_compiling():
         turned = [one.roll(-shift, 3) if shift else one for one, shift in zip(maps.split(1), columns.tolist(), strict=True)]
         return torch.cat(turned) if len(turned) > 1 else turned[0]
     index = (torch.arange(maps.shape[3], device=maps.device) + columns[:, None]) % maps.shape[3]  # (B, W); no word to the host
