@@ -136,14 +136,14 @@ def check_channels(channels: tuple[str, ...]) -> None:
 # What may differ when a run is continued: it changes how the result is reached, not the result.
 _FREE = ("shards", "out", "name", "epochs", "workers", "cpus_per_worker", "device", "feed", "checkpoint", "max_failures",
          "max_fruitless", "timeout_s", "chaos")  # fmt: skip
-_DERIVED = "learn.optim.total_steps"
+_SAME = {"learn.optim.total_steps", "learn.checkpointing"}  # follows from `steps`; changes no bit
 
 
 def identity(config: TrainConfig | Mapping[str, Any]) -> dict[str, Any]:
     """The keys (dotted) and values that make a run the run it is."""
     tree = config if isinstance(config, Mapping) else plain(config)
     tree = {**tree, "channels": list(tree.get("channels") or NAMES)}  # none named means all
-    return {key: value for key, value in flat(tree) if key.split(".")[0] not in _FREE and key != _DERIVED}
+    return {key: value for key, value in flat(tree) if key.split(".")[0] not in _FREE and key not in _SAME}
 
 
 def plain(config: Any) -> dict[str, Any]:

@@ -7,6 +7,7 @@ the hardware of other CPUs does, bit for bit up to the order of the sums.
 
 from __future__ import annotations
 
+import platform
 from dataclasses import dataclass
 from functools import cache
 
@@ -21,11 +22,9 @@ _FEW_OUTPUTS = 192  # products with fewer rows than this leave the matrix librar
 def multiplies(dtype: torch.dtype) -> bool:
     """Whether this CPU has instructions that multiply `dtype`."""
     if dtype == torch.bfloat16:
-        if torch.backends.cpu.get_cpu_capability() in ("DEFAULT", "AVX2"):
-            return False  # x86 without AVX-512: oneDNN has no bfloat16 there
-        x86 = torch.cpu._is_avx512_supported()
-        bf16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-        return bf16 if x86 else bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+        if platform.machine() in ("x86_64", "AMD64"):  # where oneDNN also claims it for AVX-512 without bfloat16
+            return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
     if dtype == torch.float16:
         return bool(torch.ops.mkldnn._is_mkldnn_fp16_supported()) and torch.cpu._is_amx_fp16_supported()
     return True
