@@ -93,6 +93,8 @@ def test_another_configuration_is_refused_by_name(tmp_path):
     run.prepare(config(tmp_path / "elsewhere", tmp_path, workers=3, chaos="kill@step=1"))
     with pytest.raises(BadInput, match=r"learn\.seed \(3 there, 0 now\)"):
         run.prepare(TrainConfig(**{**one.__dict__, "learn": TrainConfig().learn}))
+    saving = replace(one, learn=replace(one.learn, checkpointing=True))
+    run.prepare(saving)  # changes no bit of the result
     assert identity(plain(one)) == identity(one) == identity(json.loads(json.dumps(plain(one))))
 
 

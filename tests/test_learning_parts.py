@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import platform
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from raysegment.climate.channels import CHANNELS, INDEX, NAMES
+from raysegment.feed.session import worker_environment
 from raysegment.learning.flat import Flat, Statistics
 from raysegment.learning.flops import training_flops
 from raysegment.learning.losses import LossConfig, class_weights, loss, soft_jaccard, weighted_cross_entropy
@@ -305,6 +307,27 @@ def test_freed_memory_is_kept():
     )
     faults = [int(subprocess.run([sys.executable, "-c", code, how], capture_output=True, check=True, cwd=ROOT).stdout)
               for how in ("plain", "kept")]  # fmt: skip
+    assert faults[1] < 0.1 * faults[0]
+
+
+def test_freed_memory_is_kept_in_the_threads_of_rays_workers():
+    """Ray Train computes in a thread; with what its processes are told, large tensors there come from kept memory, too."""
+    code = (
+        "import resource, threading, torch\n"
+        "from raysegment.learning.memory import keep_freed_memory\n"
+        "faults = []\n"
+        "def work():\n"
+        "    assert keep_freed_memory()\n"
+        "    for _ in range(60):\n"
+        "        torch.ones(2**25)\n"
+        "        faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)\n"
+        "thread = threading.Thread(target=work)\n"
+        "thread.start(); thread.join()\n"
+        "print(faults[-1] - faults[9])"
+    )
+    told = {name: value for name, value in worker_environment().items() if name.startswith("MALLOC")}
+    faults = [int(subprocess.run([sys.executable, "-c", code], capture_output=True, check=True, cwd=ROOT,
+                                 env={**os.environ, **extra}).stdout) for extra in ({}, told)]  # fmt: skip
     assert faults[1] < 0.1 * faults[0]
 
 

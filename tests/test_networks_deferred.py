@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from raysegment.networks import DeepLabConfig, NetworkConfig, TiramisuConfig, build, convolutions, deferred, kernels
-from raysegment.networks.bands import Band, bands
+from raysegment.networks.bands import bands
 from raysegment.networks.blocks import Conv, Unit, Up
 from raysegment.networks.deferred import Deferred, channel_sums, moments
 from raysegment.networks.kernels import Geometry, weight_gradient
@@ -89,19 +89,30 @@ def test_the_same_as_plain_torch_with_other_options(config, limit):
     assert_close(outcome(net, "deferred", fields, mask), outcome(net, "plain", fields, mask), 1e-10)
 
 
-@pytest.mark.parametrize("name", ["tiramisu", "deeplab"])
-def test_float32_is_as_close_to_float64_as_plain_torch_is(name, limit):
-    torch.manual_seed(0)
+def errors(name: str, seed: int) -> tuple[float, float]:
+    """Σ over logits, gradients and statistics of ‖error‖/‖exact‖ in float32: of deferred maps, and of plain torch."""
+    torch.manual_seed(seed)
     net = build(replace(SMALL, name=name))
     fields, mask = torch.randn(2, 4, 32, 24), torch.randint(0, 3, (2, 32, 24))
     ours, plain = (outcome(net, engine, fields, mask) for engine in ("deferred", "plain"))
     exact = outcome(net.double(), "plain", fields.double(), mask)
+    gradients, statistics = ([n for n in exact if word in n] for word in ("gradient", "running"))
 
-    def error(found: dict[str, torch.Tensor]) -> float:
-        pairs = [(found[name].double(), value.double()) for name, value in exact.items()]
-        return sum(float((got - value).norm() / (value.norm() + 1e-6)) for got, value in pairs)
+    def whole(one: dict[str, torch.Tensor], names: list[str]) -> torch.Tensor:
+        return torch.cat([one[name].double().flatten() for name in names])
 
-    assert error(ours) <= 3 * error(plain) + 1e-5
+    def error(one: dict[str, torch.Tensor]) -> float:
+        groups = (["logits"], ["fields"], gradients, statistics)
+        return sum(float((whole(one, g) - whole(exact, g)).norm() / whole(exact, g).norm()) for g in groups)
+
+    return error(ours), error(plain)
+
+
+@pytest.mark.parametrize("name", ["tiramisu", "deeplab"])
+def test_float32_is_as_close_to_float64_as_plain_torch_is(name, limit):
+    """In the median over seeds: in one network of three some ReLU stands within rounding of zero, and either may miss it."""
+    ratios = [ours / plain for ours, plain in (errors(name, seed) for seed in range(7))]
+    assert sorted(ratios)[len(ratios) // 2] <= 3
 
 
 @pytest.mark.parametrize("native", [True, False], ids=["multiplied as it is", "widened"])
@@ -209,7 +220,3 @@ def test_checkpointing_changes_nothing_but_memory(name, engine):
     assert len(calls) > len(handles), "something was computed again"
     for name_, value in kept.items():
         assert torch.equal(again[name_], value), name_
-
-
-def test_a_band_is_a_pair_of_slices():
-    assert (Band(1, 2, 3, 5).samples, Band(1, 2, 3, 5).rows) == (slice(1, 2), slice(3, 5))

@@ -20,10 +20,10 @@ def ensure_ray(num_cpus: int | None = None, resources: dict[str, float] | None =
     for name, value in _driver_environment().items():
         os.environ.setdefault(name, value)
     if os.environ.get("RAY_ADDRESS"):
-        environment = {"env_vars": _worker_environment()}
+        environment = {"env_vars": worker_environment()}
         ray.init(address=os.environ["RAY_ADDRESS"], runtime_env=environment, log_to_driver=log_to_driver)
         return
-    os.environ.update(_worker_environment())  # inherited; a runtime_env would leave the processes started ahead unused
+    os.environ.update(worker_environment())  # inherited; a runtime_env would leave the processes started ahead unused
     ray.init(
         address="local", num_cpus=num_cpus, resources=resources, log_to_driver=log_to_driver, logging_level=logging.WARNING
     )
@@ -43,7 +43,7 @@ def _driver_environment() -> dict[str, str]:
     }
 
 
-def _worker_environment() -> dict[str, str]:
+def worker_environment() -> dict[str, str]:
     """What Ray's processes must see: where the package is, and what drivers see, for those that drive trials."""
     here = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
     paths = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]

@@ -39,8 +39,8 @@ class LearnConfig:
     """How a network learns. `global_batch` tiles per step, computed `micro_batch` at a time; all else has its own page.
 
     `lag` 1 applies the gradient of the step before. `exchange`: "exact" (same bits in any world), "exact64", "fast".
-    `compile`: network and loss go through torch.compile, on GPUs into CUDA graphs; on CPUs it needs a C++ compiler and is
-    slower than what they do without. `checkpointing`: less memory, about a third more arithmetic.
+    `compile`: network and loss go through torch.compile, on GPUs into CUDA graphs; on CPUs it needs a C++ compiler and
+    minutes. `checkpointing`: less memory for up to a third more arithmetic, and the same bits.
     """
 
     global_batch: int = 8

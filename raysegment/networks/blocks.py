@@ -152,7 +152,8 @@ def extend(maps: Tensor, reach: int) -> Tensor:
     """A map with `reach` more columns on either side, around the circle (any number of turns): (B, C, H, W + 2·reach)."""
     if reach <= maps.shape[3]:
         return F.pad(maps, (reach, reach, 0, 0), mode="circular")
-    return maps[..., torch.arange(-reach, maps.shape[3] + reach, device=maps.device) % maps.shape[3]]
+    width, turns = maps.shape[3], -(-reach // maps.shape[3])
+    return torch.cat([maps] * (2 * turns + 1), 3)[..., turns * width - reach : (turns + 1) * width + reach]
 
 
 class Up(nn.ConvTranspose2d):
