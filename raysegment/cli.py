@@ -16,6 +16,8 @@ import numpy as np
 
 from raysegment import config
 from raysegment.applications.bench import BenchConfig, bench
+from raysegment.applications.bench_feed import FeedBenchConfig, bench_feed
+from raysegment.applications.bench_feed import lines as feed_lines
 from raysegment.applications.bench_step import AGAINST, StepConfig, bench_step, profile
 from raysegment.applications.campaign import CampaignConfig, run_campaign
 from raysegment.applications.demo import DemoConfig, run_demo
@@ -26,10 +28,12 @@ from raysegment.applications.inspect_ import inspect
 from raysegment.applications.pictures import draw_files, draw_occurrence
 from raysegment.applications.segment import SegmentConfig, segment
 from raysegment.applications.synthesize import synthesize
+from raysegment.archive.places import Place
 from raysegment.climate.checks import BadInput
 from raysegment.climate.synthetic import SyntheticConfig
 from raysegment.console import Console, table
 from raysegment.elastic.train import TrainConfig, train
+from raysegment.feed.distribute import Assignment, distribute
 from raysegment.feed.stage import StageConfig, stage
 from raysegment.learning.step import PRECISIONS
 from raysegment.networks import NETWORKS
@@ -159,16 +163,39 @@ def _segment(options: argparse.Namespace, console: Console) -> dict[str, Any]:
 def _stage_options(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("sources", nargs="+", help="archive files, folders or patterns")
     sub.add_argument("--masks", type=Path, help="folder of mask files; without it the labels inside the source files")
-    sub.add_argument("--out", type=Path, required=True, help="folder for the shards")
+    sub.add_argument("--out", required=True, help="folder for the shards, or a URI (s3://bucket/shards)")
     sub.add_argument("--tile", help="rows x columns of a tile, e.g. 64x144 (default: whole maps)")
+    sub.add_argument("--halo", type=int, default=0, help="cells on each side of a tile that its neighbours also have (default 0)")
     sub.add_argument("--max-skipped", type=float, default=0.0, help="bad files allowed: share below 1 or number (default 0)")
 
 
 def _stage(options: argparse.Namespace, console: Console) -> dict[str, Any]:
-    settings = StageConfig(tile=StageConfig.parse_tile(options.tile) if options.tile else None)
+    if options.halo < 0:
+        raise BadInput("--halo", "0 or more cells", options.halo, "Write for example --halo 8.")
+    settings = StageConfig(tile=StageConfig.parse_tile(options.tile) if options.tile else None, halo=options.halo)
     with console.phase("stage") as report:
         result = stage(options.sources, options.masks, options.out, settings, options.max_skipped, report)
     print(f"{result.tiles} tiles of {result.snapshots} snapshots in {result.shards} shards: {result.out}")
+    print(f"read {result.bytes_read >> 20} of {result.source_bytes >> 20} MiB needed, {result.parts_reused} parts were there")
+    return asdict(result)
+
+
+def _distribute_options(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("shards", help="folder or URI of a shard set, as every node reaches it")
+    sub.add_argument("--to", required=True, help="folder on the nodes' own disks, as feed.cache; {node} in it is a node's name")
+    sub.add_argument("--replicas", type=int, help="nodes that get a shard, drawn at random (default: every node)")
+    sub.add_argument("--round", type=int, default=0, help="which draw; another one moves shards between nodes (default 0)")
+    sub.add_argument("--seed", type=int, default=0, help="of the draws (default 0)")
+
+
+def _distribute(options: argparse.Namespace, console: Console) -> dict[str, Any]:
+    assignment = Assignment(options.replicas, options.round, options.seed)
+    with console.phase("distribute") as report:
+        result = distribute(options.shards, options.to, assignment, report)
+    read, passed = f"{result.bytes_read / 2**20:.1f} MiB", f"{result.passed_bytes / 2**20:.1f} MiB"
+    print(f"{result.shards} shards, each on {result.replicas} of {result.nodes} nodes")
+    print(f"read from the shared file system: {read} ({result.read_ratio:.2f} of the set); passed between nodes: {passed}")
+    print(f"train with shards={result.complete_set or f'{Place.of(options.shards)} feed.cache={options.to}'}")
     return asdict(result)
 
 
@@ -262,19 +289,22 @@ def _map(options: argparse.Namespace, console: Console) -> dict[str, Any]:
 
 
 def _inspect_options(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument("path", type=Path, help="an archive file, shard set, mask, checkpoint or run")
+    sub.add_argument("path", help="an archive file, shard set (also a URI), mask, checkpoint or run")
+    sub.add_argument("--check", action="store_true", help="read every byte of a shard set and prove it")
 
 
 def _inspect(options: argparse.Namespace, console: Console) -> dict[str, Any]:
-    result = inspect(options.path)
+    result = inspect(options.path, options.check)
     if not options.json:
         print(json.dumps(_jsonable(result), indent=2))
     return result
 
 
 def _bench_options(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument("what", choices=("step", "rest"), help="step: the training step; rest: reading tiles, and the rules")
-    sub.add_argument("options", nargs="*", metavar="key=value", help="e.g. network.tiramisu.growth=16; rest: height=72 width=144")
+    what = "step: the training step; feed: tiles by our stream and by others' readers; rest: reading tiles, and the rules"
+    sub.add_argument("what", choices=("step", "feed", "rest"), help=what)
+    keys = "e.g. network.tiramisu.growth=16; feed: tiles=24 consumers=[1,2] peers=hdf5_dataloader,webdataset; rest: height=72"
+    sub.add_argument("options", nargs="*", metavar="key=value", help=keys)
     step = sub.add_argument_group("step")
     step.add_argument("--network", choices=NETWORKS, help="which network (default: tiramisu)")
     step.add_argument("--size", metavar="HxW", help="rows x columns of the map (default: 192x288)")
@@ -296,6 +326,8 @@ def _bench(options: argparse.Namespace, console: Console) -> dict[str, Any]:
             result = bench(_configured(BenchConfig, None, options.options))
         table("measured on this machine", ["what", "value"], [[key, value] for key, value in result.items()])
         return result
+    if options.what == "feed":
+        return _bench_feed(options, console)
     settings = _configured(StepConfig, None, [*_step_words(options), *options.options])
     if options.profile:
         return _bench_profile(settings, console)
@@ -303,6 +335,24 @@ def _bench(options: argparse.Namespace, console: Console) -> dict[str, Any]:
         result = bench_step(settings, report)
     _print_step(result)
     return result
+
+
+def _bench_feed(options: argparse.Namespace, console: Console) -> dict[str, Any]:
+    settings = _configured(FeedBenchConfig, None, options.options)
+    with console.phase("bench feed") as report:
+        result = bench_feed(settings, report)
+    _print_feed(result)
+    return result
+
+
+def _print_feed(result: dict[str, Any]) -> None:
+    what = f"{result['tiles']} tiles of {' × '.join(map(str, result['tile']))}, {result['tile_mib']:.1f} MiB each, warm cache"
+    columns = ["reader", "MiB/s", "slowest", "fastest", "of memory map", "two consumers", "start s"]
+    table(what, columns, list(feed_lines(result)))
+    for name, reason in result["left_out"].items():
+        print(f"left out: {name}: {reason}")
+    waiting = f"{100 * result['data_wait_share']:.2f} % of the time of a consumer that computes {result['step_s']:g} s a step"
+    print(f"first step after {result['first_batch_s']:.3f} s; waiting for data: {waiting}")
 
 
 def _step_words(options: argparse.Namespace) -> list[str]:
@@ -386,6 +436,8 @@ VERBS = (
          "raysegment segment archive --labeller rules:default --out masks", _segment_options, _segment),
     Verb("stage", "an archive and its masks as shards for training",
          "raysegment stage archive --masks masks --out shards --tile 64x144", _stage_options, _stage),
+    Verb("distribute", "shards onto the disks of the nodes, read once from the shared file system; run it again to resume",
+         "raysegment distribute shards --to /local/cache", _distribute_options, _distribute),
     Verb("train", "train a network on shards, elastically",
          "raysegment train small shards=shards out=runs/first steps=300", _train_options, _train),
     Verb("evaluate", "IoU of masks against truth", "raysegment evaluate masks archive", _evaluate_options, _evaluate),

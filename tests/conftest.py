@@ -8,6 +8,8 @@ import pytest
 import ray
 
 from raysegment.feed.session import ensure_ray
+from tests.s3 import object_store as object_store
+from tests.s3 import s3_server as s3_server
 
 
 @pytest.fixture(scope="module")

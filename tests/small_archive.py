@@ -8,6 +8,8 @@ import cftime
 import numpy as np
 from numpy.typing import NDArray
 
+from raysegment.archive.manifest import Manifest
+from raysegment.archive.shards import TileId, write_shard
 from raysegment.archive.snapshots import write_climatenet
 from raysegment.climate.channels import CHANNELS
 from raysegment.climate.grid import Grid
@@ -40,3 +42,11 @@ def write_archive(folder: Path, files: int, height: int = 16, width: int = 32, l
         paths.append(folder / f"data-2000-{1 + number // 28:02d}-{1 + number % 28:02d}-00-1.nc")
         write_climatenet(paths[-1], fields, Grid.global_(height, width), mask if labels else None, time)
     return paths
+
+
+def write_shards_of_one(folder: Path, tiles: int) -> Path:
+    """A shard set of `tiles` shards, one tile each."""
+    rows = [(*fields_and_mask(tile), TileId(f"{tile}.nc", 0, "", 0, 0)) for tile in range(tiles)]
+    parts = [write_shard(folder / f"part-{number:05d}.arrow", [row]) for number, row in enumerate(rows)]
+    Manifest.of(parts, (16, 32), Grid.global_(16, 32), "test").save(folder)
+    return folder

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from raysegment.archive.shards import Manifest, TileId, write_shard
+from raysegment.archive.manifest import Manifest
+from raysegment.archive.shards import TileId, write_shard
 from raysegment.climate.grid import Grid
 from raysegment.elastic.settings import CheckpointConfig, TrainConfig
 from raysegment.feed.stream import FeedConfig
@@ -32,7 +33,7 @@ def config(shards: Path, out: Path, **changes) -> TrainConfig:
         "cpus_per_worker": 0.5,
         "network": NetworkConfig(tiramisu=TiramisuConfig(first=8, growth=4, kernel=3, blocks=(1, 1), dropout=0.1)),
         "learn": LearnConfig(global_batch=6, micro_batch=2, seed=3, optim=OptimConfig(lr=1e-2, larc=True)),
-        "feed": FeedConfig(chunk_mib=0.2),
+        "feed": FeedConfig(ahead_mib=0.2, window_mib=0.5),
         "checkpoint": CheckpointConfig(every_steps=3),
     }
     return TrainConfig(**{**settings, **changes})

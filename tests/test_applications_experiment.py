@@ -24,7 +24,7 @@ from raysegment.applications.experiment import (
     run_experiment,
     sentence,
 )
-from raysegment.archive.shards import Manifest
+from raysegment.archive.manifest import Manifest
 from raysegment.climate.checks import BadInput
 from raysegment.console import Console
 from raysegment.elastic.settings import TrainConfig, identity

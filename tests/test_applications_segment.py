@@ -12,6 +12,7 @@ import pytest
 from raysegment.applications.segment import SegmentConfig, segment
 from raysegment.applications.synthesize import synthesize
 from raysegment.archive.masks import artmip_path, mask_path, read_masks
+from raysegment.archive.places import Place
 from raysegment.archive.skipped import Skipped, allowed, check_budget, write_skipped
 from raysegment.archive.snapshots import open_source
 from raysegment.climate.channels import RIVER
@@ -104,7 +105,7 @@ def test_budget_and_report(tmp_path: Path) -> None:
         check_budget([row, row], 100, 1, tmp_path / "skipped.csv")
     with pytest.raises(BadInput, match="share below 1"):
         allowed(-1, 3)
-    write_skipped(tmp_path / "skipped.csv", [row])
+    write_skipped(Place.of(tmp_path), [row])
     assert (tmp_path / "skipped.csv").exists()
-    write_skipped(tmp_path / "skipped.csv", [])
+    write_skipped(Place.of(tmp_path), [])
     assert not (tmp_path / "skipped.csv").exists()

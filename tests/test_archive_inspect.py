@@ -13,8 +13,9 @@ import torch
 
 from raysegment.applications.inspect_ import inspect
 from raysegment.archive.axes import Axes
+from raysegment.archive.manifest import Manifest
 from raysegment.archive.masks import write_masks
-from raysegment.archive.shards import Manifest, TileId, write_shard
+from raysegment.archive.shards import TileId, write_shard
 from raysegment.climate.channels import CLASSES, INDEX, NAMES
 from raysegment.climate.checks import BadInput
 from raysegment.elastic.checkpoints import Facts, write_checkpoint

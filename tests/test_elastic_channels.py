@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from raysegment import config as configuration
-from raysegment.archive.shards import Manifest, open_shards
+from raysegment.archive.manifest import Manifest
+from raysegment.archive.shards import open_shards
 from raysegment.climate.channels import INDEX, NAMES
 from raysegment.climate.checks import BadInput
 from raysegment.elastic.runs import Run

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from raysegment.archive.shards import Manifest
+from raysegment.archive.manifest import Manifest
 from raysegment.climate.checks import BadInput
 from raysegment.elastic.chaos import Fault, Plan
 from raysegment.elastic.runs import CAUSES, Run, StepLog, last_step, read_lines, summarise
@@ -84,6 +84,17 @@ def test_the_summary_adds_up():
     assert summary["step_s"]["p16"] < summary["step_s"]["median"] < summary["step_s"]["p84"]
     assert summary["time_shares"]["compute"] == pytest.approx(0.8 / 36)
     assert sum(summary["time_shares"].values()) == pytest.approx(1.0)
+
+
+def test_the_summary_counts_what_was_learnt_from():
+    """Steps of 1 s with 4, 0 and 2 tiles of 4; the first line is of a version without quarantine."""
+    lines = [{"step": 0, "samples": 4}, {"step": 1, "samples": 0, "quarantined": 4}, {"step": 2, "samples": 2, "quarantined": 2}]
+    rest = {"loss": 1.0, "step_s": 1.0, "skipped": False, **dict.fromkeys(CAUSES, 0.1)}
+    summary = summarise([{**rest, **line} for line in lines], 1e9)
+    assert (summary["samples"], summary["quarantined"], summary["samples_per_s"]) == (6, 6, 2.0)
+    assert (summary["flop_s"]["peak"], summary["flop_s"]["p16"]) == (4e9, 2e9)
+    nothing = summarise([{**rest, **lines[1], "loss": None}], 1e9)
+    assert (nothing["samples_per_s"], nothing["flop_s"]["sustained"]) == (0.0, 0.0)
 
 
 def test_another_configuration_is_refused_by_name(tmp_path):

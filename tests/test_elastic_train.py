@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 import shutil
 import time
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
+from raysegment.archive.manifest import Manifest
 from raysegment.climate.checks import BadInput
 from raysegment.elastic.checkpoints import list_checkpoints, read_checkpoint
 from raysegment.elastic.train import train
@@ -99,13 +102,49 @@ def test_an_interrupted_run_continues(undisturbed, shards, tmp_path):
     assert [step["step"] for step in lines(out / "steps.jsonl")] == list(range(12))
 
 
+def spoil(shards: Path, tile: int) -> None:
+    """Flip a bit of a tile."""
+    part, manifest = shards / "part-00000.arrow", Manifest.load(shards)
+    content = bytearray(part.read_bytes())
+    content[manifest.shards[0].offsets[tile] + 2000] ^= 1
+    part.write_bytes(content)
+
+
 def test_bad_input_in_a_worker_ends_the_run(shards, tmp_path):
-    """A shard damaged where only reading tells: no endless restarts, the reason is said, nothing looks complete."""
+    """A tile damaged, in strict mode: no endless restarts, the reason is said, nothing looks complete."""
     private, out = tmp_path / "shards", tmp_path / "run"
     shutil.copytree(shards, private)
-    part = private / "part-00000.arrow"
-    part.write_bytes(part.read_bytes()[:-1] + b"!")
-    with pytest.raises(BadInput, match="Arrow"):
-        train(config(private, out, feed=FeedConfig(kind="direct")))
+    spoil(private, 4)
+    with pytest.raises(BadInput, match=r"at most 0 damaged tiles, got 1 of 11 .*part-00000\.arrow: tile 4"):
+        train(config(private, out, feed=FeedConfig(kind="direct", max_damaged=0)))
     assert [event["event"] for event in lines(out / "events.jsonl")] == ["start", "group", "ready", "failure", "gave_up"]
     assert not (out / "summary.json").exists()
+
+
+def test_training_goes_on_without_a_damaged_tile_the_same_in_any_group(shards, tmp_path):
+    """Two workers, one of them killed, and one alone: the same weights, the same positions left out."""
+    private, summaries = tmp_path / "shards", []
+    shutil.copytree(shards, private)
+    spoil(private, 4)
+    for name, changes in (("one", {}), ("two", {"workers": 2, "chaos": "kill@step=7,member=1"})):
+        summaries.append(train(config(private, tmp_path / name, **changes)))
+        cases = [json.loads(line) for line in (tmp_path / name / "quarantine.jsonl").read_text().splitlines() if line]
+        assert {case["tile"] for case in cases} == {4}
+    one, two = summaries
+    assert two["faults_survived"] == 1
+    assert one["state_sha256"] == two["state_sha256"]
+    order = config(private, tmp_path).order(Manifest.load(private))
+    missed = sum(order.tile(position) == 4 for position in range(12 * 6))
+    assert one["quarantined"] == two["quarantined"] == missed
+    assert one["samples"] == 12 * 6 - missed
+
+
+def test_more_missing_than_a_run_bears_is_said_at_once(shards, tmp_path):
+    private, out = tmp_path / "shards", tmp_path / "run"
+    shutil.copytree(shards, private)
+    (private / "part-00000.arrow").unlink()
+    with pytest.raises(BadInput, match=r"no such file.*11 of 11 tiles are missing, feed\.max_damaged allows 1"):
+        train(config(private, out))
+    with pytest.raises(BadInput, match="without credentials"):
+        train(replace(config(private, out), shards="s3://key:secret@bucket/shards"))
+    assert not out.exists()

@@ -13,8 +13,9 @@ seeds = st.integers(0, 2**63)
 
 @st.composite
 def orders(draw) -> Order:
-    micro = draw(st.integers(1, 5))
-    return Order(draw(st.integers(1, 200)), micro * draw(st.integers(1, 12)), micro, draw(seeds))
+    micro, block = draw(st.integers(1, 5)), draw(st.integers(1, 9))
+    window = block * draw(st.integers(0, 6))
+    return Order(draw(st.integers(1, 200)), micro * draw(st.integers(1, 12)), micro, draw(seeds), window, block)
 
 
 @given(st.integers(1, 3000), st.tuples(*[st.integers(0, 2**64 - 1)] * 6))
@@ -58,25 +59,42 @@ def test_a_workers_line_is_its_steps_one_after_the_other(order, first, steps, wo
     line = order.line(first, first + steps, rank, world_size)
     expected = [m for step in range(first, first + steps) for m in order.micro_batches(step, rank, world_size)]
     assert [list(micro) for micro in line] == expected
-    chunks = [line.positions(chunk * size, (chunk + 1) * size) for chunk in range(line.chunks(size))]
+    chunks = [line.positions(start, start + size) for start in range(0, line.count, size)]
     assert [p for chunk in chunks for p in chunk] == [p for micro in expected for p in micro]
     assert all(chunks)
 
 
+@pytest.mark.parametrize("window", [0, 4096])
 @pytest.mark.parametrize("tiles", [1, 2, 3, 4, 5, 1000, 10**9])
-def test_any_number_of_tiles_is_served_at_once(tiles):
-    order = Order(tiles, 6, 2, seed=7)
+def test_any_number_of_tiles_is_served_at_once(tiles, window):
+    order = Order(tiles, 6, 2, seed=7, window=window, block=max(1, window // 32))
     found = [order.tile(position) for position in range(3 * tiles if tiles < 10 else 2000)]
     assert all(0 <= tile < tiles for tile in found)
     if tiles == 10**9:
         assert len(set(found)) == len(found)
+    if tiles == 10**9 and not window:
         assert max(found) > 9e8
         assert min(found) < 1e8
 
 
-def test_epochs_and_seeds_shuffle_differently():
+@given(st.integers(1, 300), st.integers(1, 8), st.integers(1, 6), seeds, st.integers(0, 100))
+@settings(max_examples=60, deadline=None)
+def test_a_window_needs_its_own_blocks_only(tiles, block, blocks, seed, epoch):
+    """Whoever consumes a window's tiles needs as many blocks as it is long; the last block's end may be made up for."""
+    order = Order(tiles, 1, 1, seed, block * blocks, block)
+    needed = []
+    for start in range(0, tiles, order.window):
+        places = range(start, min(start + order.window, tiles))
+        needed.append({order.tile(epoch * tiles + place) // block for place in places})
+    spare = -tiles % block
+    assert all(len(window) <= blocks + spare for window in needed)
+    assert sum(len(window) for window in needed) <= -(-tiles // block) + spare
+
+
+@pytest.mark.parametrize("window", [0, 20])
+def test_epochs_and_seeds_shuffle_differently(window):
     def epoch(seed: int, number: int) -> tuple[int, ...]:
-        order = Order(100, 10, 1, seed)
+        order = Order(100, 10, 1, seed, window, max(1, window // 5))
         return tuple(order.tile(number * 100 + place) for place in range(100))
 
     shuffles = {epoch(seed, number) for seed in range(5) for number in range(5)}
@@ -110,3 +128,9 @@ def test_the_hash_is_splitmix64():
 def test_impossible_orders_are_refused(tiles, batch, micro):
     with pytest.raises(ValueError, match="expected"):
         Order(tiles, batch, micro)
+
+
+@pytest.mark.parametrize(("window", "block"), [(5, 2), (-2, 1), (4, 0)])
+def test_impossible_windows_are_refused(window, block):
+    with pytest.raises(ValueError, match="expected"):
+        Order(10, 4, 2, 0, window, block)

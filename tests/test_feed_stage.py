@@ -6,14 +6,20 @@ import csv
 import shutil
 from pathlib import Path
 
+import cftime
 import numpy as np
 import pytest
+import ray
 
 from raysegment.archive.masks import mask_path, write_masks
+from raysegment.archive.meter import ReadMeter
 from raysegment.archive.shards import Manifest, open_shards, quantise
-from raysegment.archive.snapshots import open_source
+from raysegment.archive.snapshots import open_source, write_climatenet
+from raysegment.climate.channels import CHANNELS
 from raysegment.climate.checks import BadInput
 from raysegment.climate.grid import Grid
+from raysegment.feed.pack import pack
+from raysegment.feed.session import ensure_ray
 from raysegment.feed.stage import INSIDE, StageConfig, stage
 from raysegment.feed.tiling import Tiling
 from tests.small_archive import fields_and_mask, write_archive
@@ -64,6 +70,23 @@ def test_tiles_of_a_size_are_cut_around_greenwich(archive, tmp_path):
     assert not shards.manifest.periodic
 
 
+def test_tiles_with_a_halo_share_its_cells_with_their_neighbours(archive, tmp_path):
+    report = stage([archive], None, tmp_path / "s", StageConfig(tile=(12, 16), halo=4))
+    shards = open_shards(tmp_path / "s")
+    tiling = Tiling.of((16, 32), (12, 16), True, halo=4)
+    assert len(shards) == report.tiles == 5 * len(tiling.corners) == 5 * 2 * 4
+    first = [shards.tile(number) for number in range(8)]
+    assert [(tile.origin.row, tile.origin.column) for tile in first] == tiling.corners
+    for tile, neighbour in zip(first[:4], [*first[1:4], first[0]], strict=True):  # around the circle
+        np.testing.assert_array_equal(tile.fields[..., 8:], neighbour.fields[..., :8])
+        np.testing.assert_array_equal(tile.mask[..., 8:], neighbour.mask[..., :8])
+    assert shards.manifest.halo == 4
+    assert sum(shards.manifest.class_counts) == report.tiles * 12 * 16
+    assert stage([archive], None, tmp_path / "s", StageConfig(tile=(12, 16), halo=3)).parts_reused == 0
+    with pytest.raises(BadInput, match="two halos"):
+        stage([archive], None, tmp_path / "s", StageConfig(tile=(12, 16), halo=6))
+
+
 def test_the_bytes_do_not_depend_on_who_made_them(archive, tmp_path):
     """All parts in one process, and each alone in a run that was cut short before it."""
     stage([archive], None, tmp_path / "a", StageConfig(files_per_part=1))
@@ -76,6 +99,51 @@ def test_the_bytes_do_not_depend_on_who_made_them(archive, tmp_path):
     assert report.parts_reused == 4
     for name in ("manifest.json", *(f"part-{number:05d}.arrow" for number in range(5))):
         assert (tmp_path / "a" / name).read_bytes() == (whole / name).read_bytes()
+
+
+def test_the_bytes_do_not_depend_on_the_number_of_processes(archive, tmp_path):
+    """One process, one after the other; four at once, in whatever order they end."""
+    made = []
+    for number, processes in enumerate((1, 4)):
+        ray.shutdown()
+        ensure_ray(num_cpus=processes)
+        stage([archive], None, tmp_path / str(number), StageConfig(files_per_part=1, tile=(12, 20)))
+        made.append({path.name: path.read_bytes() for path in (tmp_path / str(number)).glob("*.*")})
+    assert made[0] == made[1]
+    assert len(made[0]) == 6
+    ray.shutdown()
+    ensure_ray(num_cpus=2)
+
+
+@pytest.mark.skipif(not ReadMeter().exact, reason="this system does not count what a thread reads")
+@pytest.mark.parametrize("compression", [0, 1])
+def test_each_source_byte_is_read_once(tmp_path, compression):
+    for number in range(4):
+        fields, mask = fields_and_mask(number, 192, 288)
+        path = tmp_path / "a" / f"data-2000-01-0{number + 1}-00-1.nc"
+        write_climatenet(path, fields, Grid.global_(192, 288), mask, cftime.DatetimeNoLeap(2000, 1, 1 + number), compression)
+    size = sum(path.stat().st_size for path in (tmp_path / "a").iterdir())
+    report = stage([tmp_path / "a"], None, tmp_path / "s", StageConfig(files_per_part=1))
+    assert 0.95 * size < report.source_bytes < size
+    assert report.source_bytes <= report.bytes_read <= 1.05 * report.source_bytes
+    assert report.read_ratio == report.bytes_read / report.source_bytes
+    again = stage([tmp_path / "a"], None, tmp_path / "s", StageConfig(files_per_part=1))
+    assert (again.parts_reused, again.source_bytes, again.read_ratio) == (4, 0, 0.0)
+    assert 0 < again.bytes_read < 100_000, "the first file's metadata"
+    (tmp_path / "s" / "part-00002.arrow").unlink()
+    again = stage([tmp_path / "a"], None, tmp_path / "s", StageConfig(files_per_part=1))
+    assert again.source_bytes == pytest.approx(report.source_bytes / 4, rel=0.02)
+
+
+def test_packing_is_quantising():
+    for seed in range(3):
+        fields, _ = fields_and_mask(seed, 20, 30)
+        np.testing.assert_array_equal(pack(fields).view(np.uint16), quantise(fields).view(np.uint16))
+        np.testing.assert_array_equal(pack(fields[:, 3:9, 5:]), quantise(fields[:, 3:9, 5:]))
+    for limit in ("minimum", "maximum"):
+        extreme = np.array([getattr(channel, limit) for channel in CHANNELS], np.float32)
+        fields = np.broadcast_to(extreme[:, None, None], (len(CHANNELS), 2, 2)).copy()
+        np.testing.assert_array_equal(pack(fields), quantise(fields))
 
 
 def test_a_second_run_makes_nothing_again_and_a_changed_source_does(archive, tmp_path):

@@ -12,12 +12,12 @@ PACKAGE = Path(__file__).resolve().parents[1] / "raysegment"
 ROOMS = ("climate", "archive", "feed", "networks", "learning", "elastic", "applications", "config", "console", "cli")
 LIBRARIES = {  # what a room may import besides the standard library and the rooms above it
     "climate": {"numpy", "scipy"},
-    "archive": {"numpy", "scipy", "xarray", "netCDF4", "h5py", "pyarrow", "cftime"},
-    "feed": {"numpy", "pyarrow", "ray", "torch"},
+    "archive": {"numpy", "scipy", "xarray", "netCDF4", "h5py", "pyarrow", "cftime", "isal", "tenacity", "filelock"},
+    "feed": {"numpy", "pyarrow", "ray", "torch", "filelock"},
     "networks": {"torch", "numpy"},
     "learning": {"torch", "numpy"},
 }
-RAY_IN_FEED = {"stage", "stream", "chunks", "session"}
+RAY_IN_FEED = {"stage", "stream", "ahead", "session", "nodes", "depots", "traffic", "distribute", "peers"}
 ABOVE = {room: set(ROOMS[:index]) for index, room in enumerate(ROOMS)}
 ABOVE["applications"] |= {"config", "console"}  # settings and progress are not rooms of the path
 ABOVE["config"] = ABOVE["console"] = {"climate"}

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from raysegment.archive.shards import Manifest
+from raysegment.archive.manifest import Manifest
 from raysegment.elastic.worker import make_learner
 from raysegment.learning.augment import AugmentConfig
 from raysegment.learning.exchange import MODES

@@ -12,7 +12,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from raysegment.archive.shards import Manifest, TileId, open_shards, quantise, write_shard
+from raysegment.archive.manifest import Manifest
+from raysegment.archive.quantise import quantise
+from raysegment.archive.shards import TileId, open_shards, write_shard
 from raysegment.climate.rules import parse_rules
 from raysegment.climate.synthetic import SyntheticConfig, generate
 

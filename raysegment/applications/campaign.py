@@ -29,7 +29,7 @@ from ray.tune.search.optuna import OptunaSearch
 
 from raysegment import config as configuration
 from raysegment.archive.files import committed
-from raysegment.archive.shards import Manifest
+from raysegment.archive.manifest import Manifest
 from raysegment.climate.checks import BadInput
 from raysegment.elastic.runs import Run, jsonable, read_lines
 from raysegment.elastic.settings import plain

@@ -29,7 +29,7 @@ from raysegment.applications.evaluate import evaluate
 from raysegment.applications.segment import SegmentConfig, segment
 from raysegment.applications.synthesize import synthesize
 from raysegment.archive.files import committed
-from raysegment.archive.shards import Manifest
+from raysegment.archive.manifest import Manifest
 from raysegment.climate.checks import BadInput
 from raysegment.climate.synthetic import SyntheticConfig
 from raysegment.console import Console, table

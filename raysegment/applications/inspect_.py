@@ -12,9 +12,11 @@ import numpy as np
 import yaml
 
 from raysegment.archive.axes import Axes
+from raysegment.archive.manifest import MANIFEST, Manifest
 from raysegment.archive.masks import ARTMIP_SUFFIX, MASK_SUFFIX, Masks, read_masks
 from raysegment.archive.netcdf import NetcdfFile
-from raysegment.archive.shards import MANIFEST, open_shards
+from raysegment.archive.places import Place
+from raysegment.archive.shards import open_shards
 from raysegment.archive.snapshots import Source, list_sources, open_source
 from raysegment.climate.channels import CHANNELS, CLASSES, NAMES
 from raysegment.climate.checks import BadInput
@@ -27,8 +29,13 @@ _OPENED = 32  # files of a folder that are opened; the rest are counted
 def inspect(path: str | Path, check: bool = False) -> dict[str, Any]:
     """What `path` holds, as JSON can hold it; `kind` says which of source, masks, netcdf, shards, checkpoint, run, folder.
 
-    `check` also reads every byte of a shard set. BadInput when the path is absent or nothing of the kinds.
+    `check` also reads every byte of a shard set, which may be a URI of an object store. BadInput when the path is absent,
+    nothing of the kinds, or damaged.
     """
+    place = Place.of(path)
+    if place.local is None:
+        held = _shards(place, check)
+        return {"path": str(place), "bytes": sum(shard.bytes for shard in Manifest.load(place).shards), **held}
     path = Path(path)
     if not path.exists():
         raise BadInput(path, "a file or a folder", "no such path", "Check the name")
@@ -147,7 +154,7 @@ def _area(masks: Masks) -> dict[str, Any]:
 # folders ----------------------------------------------------------------------------------------------------------
 
 
-def _shards(path: Path, check: bool) -> dict[str, Any]:
+def _shards(path: Path | Place, check: bool) -> dict[str, Any]:
     shards = open_shards(path)
     if check:
         shards.verify()
@@ -158,6 +165,7 @@ def _shards(path: Path, check: bool) -> dict[str, Any]:
         "kind": "shards",
         "tiles": held.tiles,
         "tile": list(held.tile),
+        "halo": held.halo,
         "snapshots": held.snapshots,
         "shards": len(held.shards),
         "sources": len(held.sources),

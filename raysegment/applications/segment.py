@@ -19,7 +19,8 @@ import torch
 
 from raysegment.applications.labellers import Labeller, parse_labeller
 from raysegment.archive.masks import mask_path, write_masks
-from raysegment.archive.skipped import Skipped, allowed, check_budget, write_skipped
+from raysegment.archive.places import Place
+from raysegment.archive.skipped import SKIPPED, Skipped, allowed, check_budget, write_skipped
 from raysegment.archive.snapshots import list_sources, open_source
 from raysegment.climate.checks import BadInput
 from raysegment.feed.session import ensure_ray
@@ -64,11 +65,11 @@ def segment(
     try:
         for row in _label_all(todo, chosen, out, config):
             _note(report, row)
-            check_budget(report.skipped, len(paths), allowed(config.max_skipped, len(paths)), out / "skipped.csv")
+            check_budget(report.skipped, len(paths), allowed(config.max_skipped, len(paths)), out / SKIPPED)
             if progress:
                 progress(len(report.written) + len(report.complete) + len(report.skipped), len(paths))
     finally:
-        write_skipped(out / "skipped.csv", report.skipped)
+        write_skipped(Place.of(out), report.skipped)
     return report
 
 
@@ -108,8 +109,8 @@ def label_file(path: Path, labeller: Labeller, out: Path, config: SegmentConfig)
     """Writes the mask file of one source; the number of snapshots in it."""
     masks, probabilities = [], []
     with open_source(path) as source:
-        for index in range(source.count):
-            snapshot = source.read(index)
+        source.read_once(masks=False)
+        for snapshot in source.snapshots():
             mask, probability = labeller.label(snapshot.fields, snapshot.grid)
             masks.append(mask)
             if config.probabilities and probability is not None:

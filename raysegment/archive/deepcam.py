@@ -11,6 +11,8 @@ from numpy.typing import NDArray
 from raysegment.archive import times
 from raysegment.archive.axes import Axes
 from raysegment.archive.files import container, damaged
+from raysegment.archive.netcdf import NetcdfFile
+from raysegment.archive.stored import open_hdf5
 from raysegment.climate.channels import NAMES
 from raysegment.climate.checks import BadInput
 from raysegment.climate.grid import Grid
@@ -29,6 +31,14 @@ def is_deepcam(path: str | Path) -> bool:
         raise damaged(path, error) from None
 
 
+def open_maps(path: str | Path) -> DeepcamFile | NetcdfFile:
+    """The file as whichever of the two it is, opened once."""
+    if container(path) != "hdf5":
+        return NetcdfFile(path)
+    file = open_hdf5(Path(path))
+    return (DeepcamFile if _DATA in file else NetcdfFile)(path, file)
+
+
 class DeepcamFile:
     """An open DeepCAM file (one process, one user: the HDF5 library is not for threads); close it or use `with`.
 
@@ -39,13 +49,11 @@ class DeepcamFile:
     string_time = True
     unknown_time = False
 
-    def __init__(self, path: str | Path):
+    def __init__(self, path: str | Path, file: h5py.File | None = None):
         self.path = Path(path)
-        container(self.path)
-        try:
-            self._file = h5py.File(self.path, "r")
-        except (OSError, RuntimeError) as error:
-            raise damaged(self.path, error) from None
+        if file is None:
+            container(self.path)
+        self._file = file or open_hdf5(self.path)
         try:
             self._open_data()
         except BaseException:
@@ -79,6 +87,11 @@ class DeepcamFile:
         assert index == 0, index
         data = self._read(self._data)
         return np.ascontiguousarray(np.moveaxis(data, self._channel_axis, 0), np.float32)
+
+    def stored_bytes(self, label_map: int | None, fields: bool = True) -> int:
+        """Bytes that the file has for the fields, and for one label map where one is named."""
+        labels = [] if label_map is None else [self._file[self._label_names()[label_map]]]
+        return sum(data.id.get_storage_size() for data in [*([self._data] if fields else []), *labels])
 
     def label_maps(self) -> int:
         """How many label maps the file holds: `labels_0`, `labels_1`, …"""

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from raysegment.archive import times as calendar_times
 from raysegment.archive.axes import Axes
-from raysegment.archive.deepcam import DeepcamFile, is_deepcam
+from raysegment.archive.deepcam import DeepcamFile, open_maps
 from raysegment.archive.files import committed
 from raysegment.archive.netcdf import LABELS, NetcdfFile
 from raysegment.archive.snapshots import checked_mask
@@ -50,10 +50,13 @@ class Masks:
 
     def check_fits(self, grid: Grid, count: int) -> None:
         """Raise unless there is one mask for each of `count` snapshots on `grid`."""
-        if not self.grid.same_as(grid) or len(self.times) != count:
-            expected = f"{count} mask(s) on {_spoken(grid)}"
-            got = f"{len(self.times)} on {_spoken(self.grid)}"
-            raise BadInput(self.source, expected, got, "Use the masks made for these fields")
+        _check_fits(self.source, self.grid, len(self.times), grid, count)
+
+
+def _check_fits(path: Path, own: Grid, have: int, grid: Grid, count: int) -> None:
+    if not own.same_as(grid) or have != count:
+        got = f"{have} on {_spoken(own)}"
+        raise BadInput(path, f"{count} mask(s) on {_spoken(grid)}", got, "Use the masks made for these fields")
 
 
 def _spoken(grid: Grid) -> str:
@@ -188,21 +191,90 @@ def _write_artmip(path: Path, masks: NDArray[np.uint8], axes: Axes, times: Seque
     return path
 
 
-def read_masks(path: str | Path, label_map: int = 0) -> Masks:
-    """The masks of a mask file, of a ClimateNet or DeepCAM source that holds labels, or of an ARTMIP tag file."""
-    path = Path(path)
-    with DeepcamFile(path) if is_deepcam(path) else NetcdfFile(path) as file:
-        if isinstance(file, DeepcamFile):
-            name, labels = "labels", [file.labels(0, _map_of(path, file.label_maps(), label_map))] if file.label_maps() else None
-            labeller = f"{path.name}: labels_{label_map}"
+class MaskSource:
+    """The masks of a mask file, of a ClimateNet or DeepCAM source that holds labels, or of an ARTMIP tag file, one at a time.
+
+    A context manager. `labeller` is who made them.
+    """
+
+    def __init__(self, path: str | Path, label_map: int = 0):
+        self.path, self._label_map = Path(path), label_map
+        self._file = open_maps(path)
+        try:
+            self._name = self._find()
+            self._check_label_map()
+        except BaseException:
+            self._file.close()
+            raise
+
+    def __enter__(self) -> MaskSource:
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._file.close()
+
+    @property
+    def axes(self) -> Axes:
+        return self._file.axes
+
+    @property
+    def times(self) -> tuple[cftime.datetime | None, ...]:
+        return tuple(self._file.times)
+
+    @property
+    def time_labels(self) -> tuple[str, ...]:
+        return tuple(self._file.time_labels)
+
+    @property
+    def labeller(self) -> str:
+        if isinstance(self._file, DeepcamFile):
+            return f"{self.path.name}: labels_{self._label_map}"
+        return self._file.attribute("labeller") or f"{self.path.name}: {self._name}"
+
+    def check_fits(self, grid: Grid, count: int) -> None:
+        """Raise unless there is one mask for each of `count` snapshots on `grid`."""
+        _check_fits(self.path, self.axes.grid, len(self.times), grid, count)
+
+    def read_once(self, memory_mib: float = 64.0) -> int:
+        """From now on `read`, in ascending order, reads each stored byte once; how many the file has comes out."""
+        if isinstance(self._file, DeepcamFile):
+            return self._file.stored_bytes(self._label_map, fields=False)
+        number = 0 if self._name in TAGS else self._label_map
+        return self._file.read_once([self._file.label_place(number, self._name)], int(memory_mib * 2**20))
+
+    def read(self, index: int) -> NDArray[np.uint8]:
+        """Mask (H, W) of one time, canonical, checked."""
+        if isinstance(self._file, DeepcamFile):
+            labels = self._file.labels(index, self._label_map)
+        elif self._name in TAGS:
+            labels = TAGS[self._name] * _tag(self._file, self._name, index)
         else:
-            name, labels = _read_netcdf(file, label_map)
-            labeller = file.attribute("labeller") or f"{path.name}: {name}"
-        if labels is None:
+            labels = self._file.labels(index, self._label_map)
+        return checked_mask(self.path, labels, self.axes.grid.shape)
+
+    def _find(self) -> str:
+        """The variable with the masks; a tag file's ones become their class."""
+        if self._file.label_maps():
+            return LABELS
+        file = self._file
+        tag = next((name for name in TAGS if isinstance(file, NetcdfFile) and file.label_maps(name)), None)
+        if tag is None:
             remedy = "Make masks with `raysegment segment`, or name a file that holds them"
-            raise BadInput(path, f"labels ({LABELS}, climate/labels_0 or {', '.join(TAGS)})", "none", remedy)
-        masks = np.stack([checked_mask(path, plane, file.axes.grid.shape) for plane in labels])
-        return Masks(masks, file.axes, tuple(file.times), tuple(file.time_labels), labeller, path)
+            raise BadInput(self.path, f"labels ({LABELS}, climate/labels_0 or {', '.join(TAGS)})", "none", remedy)
+        return tag
+
+    def _check_label_map(self) -> None:
+        have = self._file.label_maps()
+        if self._name == LABELS and self._label_map >= have:
+            raise BadInput(self.path, f"a label map below {have}", f"label map {self._label_map}", "Choose another label map")
+
+
+def read_masks(path: str | Path, label_map: int = 0) -> Masks:
+    """All masks of a file that `MaskSource` reads."""
+    with MaskSource(path, label_map) as source:
+        source.read_once()
+        masks = np.stack([source.read(index) for index in range(len(source.times))])
+        return Masks(masks, source.axes, source.times, source.time_labels, source.labeller, source.path)
 
 
 def read_probabilities(path: str | Path) -> NDArray[np.float32] | None:
@@ -214,16 +286,6 @@ def read_probabilities(path: str | Path) -> NDArray[np.float32] | None:
         return np.array([[file.read(name, index) for name in names] for index in range(file.count)], np.float32)
 
 
-def _read_netcdf(file: NetcdfFile, label_map: int) -> tuple[str, list[NDArray] | None]:
-    """The variable and one plane per time; a tag file's ones become their class."""
-    if maps := file.label_maps():
-        return LABELS, [file.labels(index, _map_of(file.path, maps, label_map)) for index in range(file.count)]
-    for name, number in TAGS.items():
-        if file.label_maps(name):
-            return name, [number * _tag(file, name, index) for index in range(file.count)]
-    return "", None
-
-
 def _tag(file: NetcdfFile, name: str, index: int) -> NDArray[np.uint8]:
     """A binary tag as 0 and 1, raised when it holds anything else."""
     plane = file.labels(index, 0, name)
@@ -231,9 +293,3 @@ def _tag(file: NetcdfFile, name: str, index: int) -> NDArray[np.uint8]:
         got = f"{np.nanmin(plane):g} to {np.nanmax(plane):g}"
         raise BadInput(file.path, f"{name} of 0 or 1 in every cell", got, "Recode the tag")
     return plane.astype(np.uint8)
-
-
-def _map_of(path: Path, have: int, label_map: int) -> int:
-    if label_map >= have:
-        raise BadInput(path, f"a label map below {have}", f"label map {label_map}", "Choose another label map")
-    return label_map

@@ -13,11 +13,21 @@ from numpy.typing import NDArray
 
 from raysegment.climate.channels import CHANNELS, CLASSES, NAMES
 
+_BLOCK = 1 << 17  # cells summed up at once: in float64 they stay in a core's cache
+
 
 def _sums(field: NDArray[np.float32], reference: float) -> tuple[float, float]:
-    """Sum of d = x − reference and of d² over a field, in float64."""
-    apart = field.astype(np.float64) - reference
-    return float(apart.sum()), float(np.square(apart, out=apart).sum())
+    """Sum of d = x − reference and of d² over a field (h, w), in float64: block after block of whole rows."""
+    height, width = field.shape
+    rows = max(1, _BLOCK // width)
+    apart = np.empty((min(rows, height), width))
+    total = squares = 0.0
+    for row in range(0, height, rows):
+        block = apart[: min(rows, height - row)]
+        np.subtract(field[row : row + rows], reference, out=block, dtype=np.float64)
+        total += float(block.sum())
+        squares += float(np.square(block, out=block).sum())
+    return total, squares
 
 
 @dataclass(frozen=True)
@@ -46,7 +56,7 @@ class Moments:
         """Of `fields (16, h, w)` in SI units and `mask (h, w)`."""
         sums = [_sums(field, channel.reference) for field, channel in zip(fields, CHANNELS, strict=True)]
         total, squares = zip(*sums, strict=True)
-        low, high = fields.min((1, 2)), fields.max((1, 2))
+        low, high = zip(*((field.min(), field.max()) for field in fields), strict=True)
         counts = np.bincount(mask.ravel(), minlength=len(CLASSES))
         assert counts.size == len(CLASSES), counts
         assert np.isfinite(squares).all(), squares

@@ -1,57 +1,40 @@
-"""Shards: training tiles in Arrow files that are mapped into memory, and the manifest that makes a set of them official.
+"""Shards: training tiles in Arrow files.
 
-A shard is an Arrow IPC file with one record batch per tile, so that any tile is read at its place without a copy. Fields
-are float16 of (x − reference) / scale with the published constants of each channel: one pass over the source suffices;
-the true moments, counted from the float32 fields in the same pass, are in the manifest for the device to normalise with.
+A shard is an Arrow IPC file with one record batch per tile; any Arrow reader reads it. The manifest says where each
+batch lies and what its CRC-32 is, so that a tile can be fetched by its place from a disk or an object store, and be proved
+before a byte of it is interpreted. Fields are float16 of (x − reference) / scale (`quantise`): one pass over the source
+suffices; the true moments, counted from the float32 fields in the same pass, are there for the device to normalise with.
+
+    bytes of a batch:  metadata (`body` bytes) · fields 2·16·h·w · mask h·w · padding, id, source, time, …
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
-import zlib
-from bisect import bisect_right
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, fields
-from functools import cached_property
+import os
+import struct
+import sys
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import pyarrow as pa
+from isal import isal_zlib
 from numpy.typing import NDArray
 
-from raysegment.archive.files import committed
+from raysegment.archive.files import fsync
+from raysegment.archive.manifest import MANIFEST, STAGE_AGAIN, Manifest, Part, Shard
 from raysegment.archive.moments import Moments
-from raysegment.climate.channels import CHANNELS, CLASSES, NAMES
+from raysegment.archive.places import Place
+from raysegment.archive.quantise import quantise
+from raysegment.climate.channels import NAMES
 from raysegment.climate.checks import BadInput
-from raysegment.climate.grid import Grid
 
-MANIFEST = "manifest.json"
-FORMAT = "raysegment shards 1"
-REFERENCE = np.array([channel.reference for channel in CHANNELS], np.float32)
-SCALE = np.array([channel.scale for channel in CHANNELS], np.float32)
-_STAGE_AGAIN = "Stage the sources again into this folder"
-
-
-def quantise(values: NDArray[np.float32], where: object = "fields") -> NDArray[np.float16]:
-    """Fields (…, 16, h, w) in SI units → float16 of (x − reference) / scale; BadInput for what is not finite there."""
-    out = np.empty(values.shape, np.float16)
-    bad = []
-    with np.errstate(over="ignore", invalid="ignore"):
-        for number, name in enumerate(NAMES):  # one channel at a time stays in the cache
-            out[..., number, :, :] = (values[..., number, :, :] - REFERENCE[number]) / SCALE[number]
-            if not np.isfinite(out[..., number, :, :]).all():
-                bad.append(name)
-    if bad:
-        got = f"{', '.join(bad)} beyond it"
-        raise BadInput(where, "finite fields within the range of float16", got, "Check the units and fill values")
-    return out
-
-
-def dequantise(values: NDArray[np.float16]) -> NDArray[np.float32]:
-    """Staged fields (…, 16, h, w) → SI units, to float16's 11 bits."""
-    return values.astype(np.float32) * SCALE[:, None, None] + REFERENCE[:, None, None]
+_BLOCK = 1 << 20
+_UNSYNCED = 32 << 20  # bytes after which the disk is waited for: at the end of a shard there is little left to wait for
 
 
 @dataclass(frozen=True)
@@ -86,7 +69,7 @@ class Tile:
 
 def checksum(tile_fields: NDArray, mask: NDArray) -> int:
     """CRC-32 of the fields' bytes followed by the mask's."""
-    return zlib.crc32(np.ascontiguousarray(mask).data, zlib.crc32(np.ascontiguousarray(tile_fields).data))
+    return isal_zlib.crc32(np.ascontiguousarray(mask).data, isal_zlib.crc32(np.ascontiguousarray(tile_fields).data))
 
 
 def schema(height: int, width: int) -> pa.Schema:
@@ -104,75 +87,124 @@ def schema(height: int, width: int) -> pa.Schema:
     ])  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Part:
-    """A finished shard file: its entry in the manifest, and what its tiles add to the totals."""
-
-    file: str
-    tiles: int
-    sha256: str
-    bytes: int
-    snapshots: frozenset[tuple[str, int]]
-    moments: Moments
-
-    @property
-    def entry(self) -> dict[str, Any]:
-        """What the manifest says about this shard."""
-        return {"file": self.file, "tiles": self.tiles, "sha256": self.sha256, "bytes": self.bytes}
-
-    def to_dict(self) -> dict[str, Any]:
-        """As JSON can hold it, nothing rounded."""
-        return {**self.entry, "snapshots": sorted(self.snapshots), "moments": self.moments.to_dict()}
-
-    @staticmethod
-    def from_dict(held: Mapping[str, Any]) -> Part:
-        """What `to_dict` made."""
-        snapshots = frozenset((str(source), int(index)) for source, index in held["snapshots"])
-        moments = Moments.from_dict(held["moments"])
-        return Part(held["file"], held["tiles"], held["sha256"], held["bytes"], snapshots, moments)
-
-
 class ShardWriter:
     """Writes one shard, tile by tile; a context manager. The file appears under its name when all is written:
 
-    with ShardWriter(path, height, width) as writer:
+    with ShardWriter(Place.of(folder), "part-00000.arrow", height, width) as writer:
         writer.add(fields, mask, origin)
     part = writer.part
+
+    A thread writes each tile, and reads it once more for its digests, while the caller prepares the next one.
     """
 
-    def __init__(self, path: str | Path, height: int, width: int):
-        self.path, self._schema, self._shape = Path(path), schema(height, width), (height, width)
+    def __init__(self, place: Place, name: str, height: int, width: int):
+        self.place, self.name, self._schema, self._shape = place, name, schema(height, width), (height, width)
         self._moments: list[Moments] = []
         self._snapshots: set[tuple[str, int]] = set()
 
     def __enter__(self) -> ShardWriter:
-        self._commit = committed(self.path)
+        self._commit = self.place.committed(self.name)
         self._temporary = self._commit.__enter__()
-        self._file = pa.ipc.new_file(str(self._temporary), self._schema)
+        self._sink = pa.OSFile(str(self._temporary), "wb")
+        self._file = pa.ipc.new_file(self._sink, self._schema)
+        self._written, self._synced = _Written(self._temporary), 0
+        self._thread, self._last = ThreadPoolExecutor(1, "shard"), Future[None]()
+        self._last.set_result(None)
         return self
 
     def add(self, tile_fields: NDArray[np.float32], mask: NDArray[np.uint8], origin: TileId) -> None:
         """One tile: `tile_fields (16, h, w)` in SI units, checked for float16; `mask (h, w)`."""
-        assert tile_fields.shape == (len(NAMES), *self._shape), (tile_fields.shape, self._shape)
+        packed, mask = quantise(tile_fields, origin.source), np.array(mask, np.uint8, order="C")
+        self.put(packed, mask, Moments.of_tile(tile_fields, mask), origin)
+
+    def put(self, packed: NDArray[np.float16], mask: NDArray[np.uint8], moments: Moments, origin: TileId) -> None:
+        """One tile as it is staged: `packed (16, h, w)`, `mask (h, w)`, contiguous; the caller leaves them as they are."""
+        assert packed.shape == (len(NAMES), *self._shape), (packed.shape, self._shape)
         assert mask.shape == self._shape, (mask.shape, self._shape)
-        packed, mask = quantise(tile_fields, origin.source), np.ascontiguousarray(mask, np.uint8)
-        self._moments.append(Moments.of_tile(tile_fields, mask))
+        self._moments.append(moments)
         self._snapshots.add((origin.source, origin.index))
+        self._last.result()  # one tile at a time; what went wrong with it is raised here
+        self._last = self._thread.submit(self._write, packed, mask, origin)
+
+    def _write(self, packed: NDArray[np.float16], mask: NDArray[np.uint8], origin: TileId) -> None:
         values = [packed, mask, [origin.id], [origin.source], [origin.index], [origin.time], [origin.row], [origin.column],
                   [checksum(packed, mask)]]  # fmt: skip
         columns = [_column(value, field.type) for value, field in zip(values, self._schema, strict=True)]
         self._file.write_batch(pa.record_batch(columns, schema=self._schema))
+        end = self._sink.tell()
+        self._written.advance(end)
+        if end - self._synced > _UNSYNCED:
+            fsync(self._temporary)
+            self._synced = end
 
-    def __exit__(self, *error) -> None:
+    def __exit__(self, *error: Any) -> None:
+        try:
+            self._close()
+            if error[0] is None:
+                self.part = Part(self._written.shard(self.name), frozenset(self._snapshots), Moments.merge(self._moments))
+        except BaseException:
+            error = sys.exc_info()
+            raise
+        finally:
+            self._written.close()
+            self._commit.__exit__(*error)
+
+    def _close(self) -> None:
+        self._thread.shutdown()
+        try:
+            self._last.result()
+        finally:
+            self._file.close()
+            self._sink.close()
+
+
+class _Written:
+    """Digests of a shard file that grows: each byte is read once, when the record batch that it is in has been written."""
+
+    def __init__(self, path: Path):
+        self._file, self._digest = path.open("rb"), hashlib.sha256()
+        self._offsets: list[int] = []
+        self._crcs: list[int] = []
+        self._bodies: set[int] = set()
+
+    def close(self) -> None:
         self._file.close()
-        if error[0] is None:
-            self.part = self._finish()
-        self._commit.__exit__(*error)
 
-    def _finish(self) -> Part:
-        size, digest = self._temporary.stat().st_size, _sha256(self._temporary)
-        moments = Moments.merge(self._moments)
-        return Part(self.path.name, len(self._moments), digest, size, frozenset(self._snapshots), moments)
+    def advance(self, end: int) -> None:
+        """A record batch has been written, which ends at byte `end`."""
+        if not self._offsets:
+            magic_and_schema = self._file.read(16)
+            self._digest.update(magic_and_schema)
+            self._offsets.append(16 + struct.unpack("<i", magic_and_schema[12:])[0])
+            _digest(self._file, self._offsets[0] - 16, self._digest)
+        crc, body = _digest_batch(self._file, end - self._offsets[-1], self._digest)
+        self._offsets.append(end)
+        self._crcs.append(crc)
+        self._bodies.add(body)
+
+    def shard(self, name: str) -> Shard:
+        """What the manifest says of the file, which is complete now."""
+        size = os.fstat(self._file.fileno()).st_size
+        _digest(self._file, size - self._offsets[-1], self._digest)
+        (body,) = self._bodies  # one schema, one size of metadata
+        return Shard(name, len(self._crcs), self._digest.hexdigest(), size, body, tuple(self._offsets), tuple(self._crcs))
+
+
+def _digest_batch(file: BinaryIO, count: int, digest: Any) -> tuple[int, int]:
+    """CRC-32 of the record batch that follows in the file, and where its body begins."""
+    head = file.read(8)
+    digest.update(head)
+    return _digest(file, count - 8, digest, isal_zlib.crc32(head)), 8 + struct.unpack("<i", head[4:])[0]
+
+
+def _digest(file: BinaryIO, count: int, digest: Any, crc: int = 0) -> int:
+    """Put the next `count` bytes of a file into a digest; their CRC-32, continued from `crc`."""
+    while count:
+        block = file.read(min(count, _BLOCK))
+        assert block, "the file ends early"
+        digest.update(block)
+        crc, count = isal_zlib.crc32(block, crc), count - len(block)
+    return crc
 
 
 def write_shard(path: str | Path, tiles: Iterable[tuple[NDArray[np.float32], NDArray[np.uint8], TileId]]) -> Part:
@@ -180,7 +212,7 @@ def write_shard(path: str | Path, tiles: Iterable[tuple[NDArray[np.float32], NDA
     rest = iter(tiles)
     first = next(rest, None)
     assert first is not None, "a shard has at least one tile"
-    with ShardWriter(path, *first[1].shape) as writer:
+    with ShardWriter(Place.of(Path(path).parent), Path(path).name, *first[1].shape) as writer:
         writer.add(*first)
         for tile in rest:
             writer.add(*tile)
@@ -195,115 +227,20 @@ def _column(values: NDArray | list, kind: pa.DataType) -> pa.Array:
     return pa.ExtensionArray.from_storage(kind, storage)
 
 
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-@dataclass(frozen=True)
-class Manifest:
-    """What a shard set holds; as `manifest.json` written last, it makes the set complete.
-
-    `reference` and `scale` undo the staging; `mean`, `std`, `minimum`, `maximum` (16) are of the fields in SI units, over
-    all pixels alike; `class_counts (3)` are pixels; `tile` is (height, width), `spacing_deg` (dlat, dlon), `periodic` says
-    whether a tile's columns close the circle; `snapshots` counts those with a tile here; `labels` says who made the masks.
-    """
-
-    tile: tuple[int, int]
-    spacing_deg: tuple[float, float]
-    periodic: bool
-    tiles: int
-    snapshots: int
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    minimum: tuple[float, ...]
-    maximum: tuple[float, ...]
-    class_counts: tuple[int, ...]
-    shards: tuple[Mapping[str, Any], ...]
-    sources: tuple[str, ...]
-    labels: str
-    channels: tuple[str, ...] = NAMES
-    units: tuple[str, ...] = tuple(channel.unit for channel in CHANNELS)
-    reference: tuple[float, ...] = tuple(channel.reference for channel in CHANNELS)
-    scale: tuple[float, ...] = tuple(channel.scale for channel in CHANNELS)
-    classes: tuple[str, ...] = CLASSES
-    format: str = FORMAT
-
-    def __post_init__(self) -> None:
-        for field in fields(self):
-            if isinstance(value := getattr(self, field.name), list):
-                object.__setattr__(self, field.name, tuple(value))
-        if self.format != FORMAT:
-            raise ValueError(f"format: expected {FORMAT!r}, got {self.format!r}")
-        if self.channels != NAMES or self.classes != CLASSES:
-            raise ValueError(f"channels and classes: expected {NAMES} and {CLASSES}, got {self.channels} and {self.classes}")
-        for name in ("mean", "std", "minimum", "maximum", "reference", "scale"):
-            if len(getattr(self, name)) != len(NAMES):
-                raise ValueError(f"{name}: expected {len(NAMES)} numbers, got {len(getattr(self, name))}")
-        if sum(self.class_counts) != self.tiles * self.tile[0] * self.tile[1]:
-            raise ValueError(f"class_counts: expected {self.tiles} tiles of {self.tile} pixels, got {self.class_counts}")
-        if sum(int(shard["tiles"]) for shard in self.shards) != self.tiles:
-            raise ValueError(f"shards: expected {self.tiles} tiles in all, got {[shard['tiles'] for shard in self.shards]}")
-
-    @staticmethod
-    def of(parts: Iterable[Part], tile: tuple[int, int], grid: Grid, labels: str) -> Manifest:
-        """The manifest of finished shards: the same, byte for byte, in whatever order the parts come."""
-        parts = sorted(parts, key=lambda part: part.file)
-        total = Moments.merge(part.moments for part in parts)
-        snapshots = frozenset().union(*(part.snapshots for part in parts))
-        return Manifest(
-            tile=(int(tile[0]), int(tile[1])),
-            spacing_deg=(grid.dlat, grid.dlon),
-            periodic=grid.periodic and tile[1] == grid.shape[1],
-            tiles=sum(part.tiles for part in parts),
-            snapshots=len(snapshots),
-            mean=total.mean,
-            std=total.std,
-            minimum=total.minimum,
-            maximum=total.maximum,
-            class_counts=total.class_counts,
-            shards=tuple(part.entry for part in parts),
-            sources=tuple(sorted({source for source, _ in snapshots})),
-            labels=labels,
-        )
-
-    @staticmethod
-    def load(folder: str | Path) -> Manifest:
-        """The manifest of the set in `folder`; BadInput when the set is not complete or the manifest not readable."""
-        path = Path(folder) / MANIFEST
-        if not path.exists():
-            got = "no manifest: the set is not complete" if Path(folder).is_dir() else "no such folder"
-            raise BadInput(folder, f"a shard set with {MANIFEST}", got, _STAGE_AGAIN)
-        try:
-            return Manifest(**json.loads(path.read_text(encoding="utf-8")))
-        except (ValueError, TypeError, KeyError) as error:
-            raise BadInput(path, "a shard manifest", error, _STAGE_AGAIN) from None
-
-    def save(self, folder: str | Path) -> Path:
-        """Write `manifest.json`, whole or not at all; to be called when every shard is in its place."""
-        path = Path(folder) / MANIFEST
-        with committed(path) as temporary:
-            temporary.write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
-        return path
-
-
 class ShardSet:
     """A complete shard set, read in place; tiles are numbered through the shards in the manifest's order.
 
-    It travels between processes as its folder: the other side maps the files anew.
+    On a disk its files are mapped into memory and tiles are views of them; from an object store a tile is fetched when
+    it is asked for. It travels between processes as its place: the other side opens the files anew.
     """
 
-    def __init__(self, folder: str | Path):
-        self.folder = Path(folder)
-        self.manifest = Manifest.load(folder)
-        self._first = [0]  # number of each shard's first tile
-        for shard in self.manifest.shards:
-            self._first.append(self._first[-1] + shard["tiles"])
-            self._check_size(shard)
-        self._open: dict[int, pa.RecordBatchFileReader] = {}
+    def __init__(self, where: str | Path | Place):
+        self.place = Place.of(where)
+        self.manifest = Manifest.load(self.place)
+        self._mapped: dict[int, pa.Buffer] = {}
 
     def __reduce__(self):
-        return ShardSet, (self.folder,)
+        return ShardSet, (self.place,)
 
     def __len__(self) -> int:
         return self.manifest.tiles
@@ -312,11 +249,16 @@ class ShardSet:
         return (self.tile(number) for number in range(len(self)))
 
     def tile(self, number: int) -> Tile:
-        """Tile `number`, its arrays views of the mapped file (not writable)."""
+        """Tile `number`, its arrays not writable; not proved (see `Tile.intact`), but BadInput when it cannot be read."""
         if not 0 <= number < len(self):
-            raise IndexError(f"tile {number} of {len(self)} in {self.folder}")
-        shard = bisect_right(self._first, number) - 1
-        batch = self._reader(shard).get_batch(number - self._first[shard])
+            raise IndexError(f"tile {number} of {len(self)} in {self.place}")
+        shard, place = self.manifest.find(number)
+        expected = schema(*self.manifest.tile)
+        try:
+            batch = pa.ipc.read_record_batch(pa.ipc.read_message(self._bytes(shard, place)), expected)
+        except (pa.ArrowInvalid, OSError) as error:
+            file = self.place.shown(self.manifest.shards[shard].file)
+            raise BadInput(file, f"tile {place} as {MANIFEST} has it", error, STAGE_AGAIN) from None
         columns = dict(zip(batch.schema.names, batch.columns, strict=True))
         height, width = self.manifest.tile
         return Tile(
@@ -326,49 +268,41 @@ class ShardSet:
             checksum=columns["checksum"][0].as_py(),
         )
 
+    def lost(self) -> dict[BadInput, int]:
+        """For each file that is absent or of another size than the manifest says: how, and how many tiles that concerns."""
+        found = {}
+        for shard in self.manifest.shards:
+            size = self.place.size(shard.file)
+            if size != shard.bytes:
+                got = "no such file" if size is None else f"{size} bytes"
+                bad = BadInput(self.place.shown(shard.file), f"{shard.bytes} bytes", got, STAGE_AGAIN)
+                found[bad] = sum(stop > (size or 0) for stop in shard.offsets[1:])
+        return found
+
     def verify(self) -> None:
         """Read every byte; BadInput that names the damaged file, and the tile where the damage is in one."""
-        for shard, entry in enumerate(self.manifest.shards):
-            if _sha256(self.folder / entry["file"]) != entry["sha256"]:
-                got = f"other bytes ({self._damage(shard)})"
-                raise BadInput(self.folder / entry["file"], f"SHA-256 {entry['sha256'][:12]}…", got, _STAGE_AGAIN)
+        _refuse(self.lost())
+        for number, shard in enumerate(self.manifest.shards):
+            if hashlib.sha256(self.place.read(shard.file)).hexdigest() != shard.sha256:
+                got = f"other bytes ({self._damage(number)})"
+                raise BadInput(self.place.shown(shard.file), f"SHA-256 {shard.sha256[:12]}…", got, STAGE_AGAIN)
 
     def _damage(self, shard: int) -> str:
-        """Which tiles of a damaged shard fail their own checksum, in words."""
-        numbers = range(self._first[shard], self._first[shard + 1])
-        try:
-            bad = [str(number) for number in numbers if not self.tile(number).intact]
-        except (pa.ArrowInvalid, OSError, ValueError, BadInput) as error:
-            return f"unreadable: {error}"
-        return f"in tile {', '.join(bad)}" if bad else "outside the tiles"
+        """Which tiles of a damaged shard fail their checksum, in words."""
+        held = self.manifest.shards[shard]
+        bad = [k for k in range(held.tiles) if isal_zlib.crc32(self._bytes(shard, k)) != held.crc32[k]]
+        return f"in tile {', '.join(str(self.manifest.first[shard] + k) for k in bad)}" if bad else "outside the tiles"
 
-    def _reader(self, shard: int) -> pa.RecordBatchFileReader:
-        if shard not in self._open:
-            path = self.folder / self.manifest.shards[shard]["file"]
-            try:
-                reader = pa.ipc.open_file(pa.memory_map(str(path)))
-            except (pa.ArrowInvalid, OSError) as error:
-                raise BadInput(path, "an Arrow file", error, _STAGE_AGAIN) from None
-            self._check_reader(path, reader, self.manifest.shards[shard]["tiles"])
-            self._open[shard] = reader
-        return self._open[shard]
-
-    def _check_reader(self, path: Path, reader: pa.RecordBatchFileReader, tiles: int) -> None:
-        expected = schema(*self.manifest.tile)
-        if reader.schema != expected or reader.num_record_batches != tiles:
-            got = f"{reader.num_record_batches} batches of {reader.schema.names}"
-            raise BadInput(path, f"{tiles} tiles of {expected.names}, {self.manifest.tile}", got, _STAGE_AGAIN)
-
-    def _check_size(self, shard: Mapping[str, Any]) -> None:
-        path = self.folder / shard["file"]
-        size = path.stat().st_size if path.exists() else None
-        if size != shard["bytes"]:
-            raise BadInput(path, f"{shard['bytes']} bytes", "no such file" if size is None else f"{size} bytes", _STAGE_AGAIN)
-
-    @cached_property
-    def paths(self) -> list[Path]:
-        """The shard files in order."""
-        return [self.folder / shard["file"] for shard in self.manifest.shards]
+    def _bytes(self, shard: int, place: int) -> pa.Buffer:
+        """The record batch of a tile, as it is in the file; shorter where that ends early."""
+        held = self.manifest.shards[shard]
+        start, stop = held.offsets[place : place + 2]
+        if self.place.local is None:
+            return pa.py_buffer(self.place.read_range(held.file, start, stop))
+        if shard not in self._mapped:
+            self._mapped[shard] = pa.memory_map(str(self.place.local / held.file)).read_buffer()
+        mapped = self._mapped[shard]
+        return mapped.slice(min(start, mapped.size), max(0, min(stop, mapped.size) - start))
 
 
 _ORIGIN = tuple(field.name for field in fields(TileId))
@@ -381,6 +315,13 @@ def _view(column: pa.Array, dtype: type, shape: tuple[int, ...]) -> NDArray:
     return values[storage.offset * storage.type.list_size :][: storage.type.list_size].reshape(shape)
 
 
-def open_shards(folder: str | Path) -> ShardSet:
-    """The shard set in `folder`, complete and of the sizes its manifest says; BadInput otherwise."""
-    return ShardSet(folder)
+def open_shards(where: str | Path | Place) -> ShardSet:
+    """The shard set in a folder or below a URI, complete and of the sizes its manifest says; BadInput otherwise."""
+    shards = ShardSet(where)
+    _refuse(shards.lost())
+    return shards
+
+
+def _refuse(lost: dict[BadInput, int]) -> None:
+    for bad in lost:
+        raise bad

@@ -7,8 +7,10 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
-from raysegment.archive.files import committed
+from raysegment.archive.places import Place
 from raysegment.climate.checks import BadInput
+
+SKIPPED = "skipped.csv"
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,7 @@ def allowed(max_skipped: float, files: int) -> int:
     return int(max_skipped * files + 1e-9) if max_skipped < 1 else int(max_skipped)
 
 
-def check_budget(skipped: Sequence[Skipped], files: int, budget: int, report: Path) -> None:
+def check_budget(skipped: Sequence[Skipped], files: int, budget: int, report: object) -> None:
     """BadInput that carries the first reason as soon as more than `budget` of `files` are bad."""
     if len(skipped) > budget:
         first = skipped[0]
@@ -45,13 +47,12 @@ def check_budget(skipped: Sequence[Skipped], files: int, budget: int, report: Pa
         )  # fmt: skip
 
 
-def write_skipped(path: str | Path, skipped: Sequence[Skipped]) -> None:
+def write_skipped(place: Place, skipped: Sequence[Skipped]) -> None:
     """`skipped.csv` with a row per bad file; no file when there is none (an older one is removed)."""
-    path = Path(path)
     if not skipped:
-        path.unlink(missing_ok=True)
+        place.remove(SKIPPED)
         return
-    with committed(path) as temporary, temporary.open("w", newline="") as file:
+    with place.committed(SKIPPED) as temporary, temporary.open("w", newline="") as file:
         writer = csv.DictWriter(file, [f.name for f in fields(Skipped)])
         writer.writeheader()
         writer.writerows(item.row() for item in sorted(skipped, key=lambda item: item.file))

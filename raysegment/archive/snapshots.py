@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import glob
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from raysegment.archive import ground, times
 from raysegment.archive.aliases import DEWPOINT, Plan, Recipe, find, plan
 from raysegment.archive.axes import Axes
-from raysegment.archive.deepcam import DeepcamFile, is_deepcam
+from raysegment.archive.deepcam import DeepcamFile, open_maps
 from raysegment.archive.files import committed
 from raysegment.archive.netcdf import LABELS, NetcdfFile
 from raysegment.climate.channels import CHANNELS, CLASSES, GRAVITY_M_S2, INDEX, NAMES, Alias, Channel
@@ -93,7 +93,8 @@ class Source:
 
     def __init__(self, path: str | Path, below_ground: bool = True, label_map: int = 0):
         self.path, self.below_ground, self.label_map = Path(path), below_ground, label_map
-        self._file = DeepcamFile(path) if is_deepcam(path) else NetcdfFile(path)
+        self._with_masks, self._spare = True, None
+        self._file = open_maps(path)
         try:
             self._plan = None if isinstance(self._file, DeepcamFile) else plan(self.path, self._file.variables())
             self._label_maps = self._file.label_maps()
@@ -148,8 +149,33 @@ class Source:
             check_fields(self.path, fields, when, leave_out=ground.BURIED)  # CMIP6 has no value there below ground
             fields = ground.apply_below_ground(fields, self._orography_m(index, fields))
         check_fields(self.path, fields, when)
-        mask = self.read_mask(index) if self.has_mask else None
+        mask = self.read_mask(index) if self._with_masks and self.has_mask else None
         return Snapshot(fields, mask, self.axes, self.times[index], self.time_labels[index], self.path, index)
+
+    def snapshots(self, into: NDArray[np.float32] | None = None) -> Iterator[Snapshot]:
+        """All snapshots in order; after `read_once` each stored byte is read once.
+
+        With an array `into (16, H, W)` their fields may lie in it, and those of a snapshot are overwritten by the next.
+        """
+        self._spare = into
+        try:
+            yield from (self.read(index) for index in range(self.count))
+        finally:
+            self._spare = None
+
+    def read_once(self, memory_mib: float = 1024.0, masks: bool = True) -> int:
+        """From now on snapshots, read in ascending order, read each stored byte once, however the file is chunked.
+
+        Maps that share chunks with later ones are kept: in memory up to `memory_mib`, beyond that in temporary files.
+        Without `masks` the labels inside the file are left alone. How many bytes the file has for all that comes out.
+        """
+        self._with_masks = masks
+        labels = self.label_map if masks and self.has_mask else None
+        if isinstance(self._file, DeepcamFile):
+            return self._file.stored_bytes(labels)
+        places = {self._file.place(recipe.variable, recipe.level) for recipe in self._recipes()}
+        places |= set() if labels is None else {self._file.label_place(labels)}
+        return self._file.read_once(places, int(memory_mib * 2**20))
 
     def read_mask(self, index: int) -> NDArray[np.uint8]:
         """Mask (H, W) of snapshot `index`, canonical, checked; without reading the fields."""
@@ -181,11 +207,18 @@ class Source:
         if self._plan is None:
             assert isinstance(self._file, DeepcamFile)
             return self._file.fields(index)
-        fields = np.empty((len(NAMES), *self.axes.grid.shape), np.float32)
+        fields = np.empty((len(NAMES), *self.axes.grid.shape), np.float32) if self._spare is None else self._spare
         for name, recipe in self._plan.recipes.items():
             fields[INDEX[name]] = self._cook(recipe, index)
         self._derive(self._plan, fields, index)
         return fields
+
+    def _recipes(self) -> list[Recipe]:
+        """Everything that a snapshot may need."""
+        assert self._plan is not None
+        assert isinstance(self._file, NetcdfFile)
+        below = find(self.path, OROGRAPHY, self._file.variables()) if self.below_ground and self.layout == "cf" else None
+        return [*self._plan.recipes.values(), *(recipe for recipe in (self._plan.dewpoint, below) if recipe is not None)]
 
     def _derive(self, how: Plan, fields: NDArray[np.float32], index: int) -> None:
         """Fill in the channels that the file does not hold."""

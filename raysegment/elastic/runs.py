@@ -26,6 +26,7 @@ from raysegment.climate.checks import BadInput
 from raysegment.elastic.settings import TrainConfig, identity, plain
 
 CAUSES = ("load_s", "compute_s", "exchange_s", "optimizer_s", "checkpoint_s")
+_SHARES = (0.16, 0.5, 0.84)
 
 
 class Run:
@@ -176,25 +177,29 @@ def last_step(path: Path) -> int:
 def summarise(steps: list[dict[str, Any]], flops_per_sample: float) -> dict[str, Any]:
     """What the step lines add up to; FLOP/s as in Kurth et al. 2018: median over steps, with 16 and 84 percentiles; best.
 
+    `samples` were learnt from, `quarantined` positions had no usable tile; a step that had none at all has no FLOP/s.
     `loss_first` and `loss_last` are means over the first and last quarter of the steps, ten at most.
     """
     seconds = sorted(step["step_s"] for step in steps)
-    samples, batch = sum(step["samples"] for step in steps), steps[0]["samples"]
+    paces = sorted(step["step_s"] / step["samples"] for step in steps if step["samples"]) or [math.inf]  # seconds per sample
+    samples = sum(step["samples"] for step in steps)
     several = max(1, min(10, len(steps) // 4))
-    low, middle, high = (_percentile(seconds, share) for share in (0.16, 0.5, 0.84))
+    low, middle, high = (_percentile(seconds, share) for share in _SHARES)
+    fast, usual, slow = (_percentile(paces, share) for share in _SHARES)
     whole = sum(seconds)
     shares = {cause.removesuffix("_s"): sum(step[cause] for step in steps) / whole for cause in CAUSES}
     return {
         "steps": len(steps),
         "samples": samples,
+        "quarantined": sum(step.get("quarantined", 0) for step in steps),  # lines of an older version lack it
         "samples_per_s": samples / whole,
         "loss_first": _mean([step["loss"] for step in steps[:several]]),
         "loss_last": _mean([step["loss"] for step in steps[-several:]]),
         "skipped": sum(bool(step["skipped"]) for step in steps),
         "step_s": {"median": middle, "p16": low, "p84": high},
         "flops_per_sample": flops_per_sample,
-        "flop_s": {"sustained": flops_per_sample * batch / middle, "p16": flops_per_sample * batch / high,
-                   "p84": flops_per_sample * batch / low, "peak": flops_per_sample * batch / seconds[0]},
+        "flop_s": {"sustained": flops_per_sample / usual, "p16": flops_per_sample / slow,
+                   "p84": flops_per_sample / fast, "peak": flops_per_sample / paces[0]},
         "time_shares": {**shares, "other": 1 - sum(shares.values())},
     }  # fmt: skip
 

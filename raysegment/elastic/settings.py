@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from raysegment.archive.shards import Manifest
+from raysegment.archive.manifest import Manifest
 from raysegment.climate.channels import NAMES
 from raysegment.climate.checks import BadInput
 from raysegment.elastic.chaos import Plan
@@ -102,7 +102,12 @@ class TrainConfig:
         return replace(self, steps=steps, learn=learn, network=network)
 
     def order(self, manifest: Manifest) -> Order:
-        return Order(manifest.tiles, self.learn.global_batch, self.learn.micro_batch, self.learn.seed)
+        """The order of tiles; the tiles of a shard enter a window together, which is at least one shard wide."""
+        learn, block = self.learn, max(shard.tiles for shard in manifest.shards)
+        if not learn.window_tiles:
+            return Order(manifest.tiles, learn.global_batch, learn.micro_batch, learn.seed)
+        window = max(1, learn.window_tiles // block) * block
+        return Order(manifest.tiles, learn.global_batch, learn.micro_batch, learn.seed, window, block)
 
     def _network(self, manifest: Manifest) -> NetworkConfig:
         """The network with its number of channels; BadInput where it cannot read or label the tiles."""

@@ -18,12 +18,15 @@ import ray
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
-from raysegment.archive.shards import Manifest, open_shards
+from raysegment.archive.manifest import Manifest
+from raysegment.archive.places import Place
+from raysegment.archive.shards import ShardSet
 from raysegment.climate.checks import BadInput
 from raysegment.elastic.checkpoints import newest_valid, read_checkpoint
 from raysegment.elastic.runs import Run, read_lines, summarise
 from raysegment.elastic.settings import CheckpointConfig, TrainConfig
 from raysegment.elastic.worker import check_shards, work
+from raysegment.feed.quarantine import allowed
 from raysegment.feed.session import ensure_ray
 from raysegment.learning.flops import training_flops
 from raysegment.learning.step import initialise
@@ -41,7 +44,7 @@ def train(config: TrainConfig, progress: Progress | None = None) -> dict[str, An
     """
     if not config.shards:
         raise BadInput("shards", "the folder of a shard set", "nothing", "Write shards=DIR; `raysegment stage` makes one.")
-    manifest = open_shards(config.shards).manifest
+    manifest = _present(config)
     config = _absolute(config.resolved(manifest))
     run = Run(config.out)
     run.prepare(config)
@@ -63,9 +66,25 @@ def train(config: TrainConfig, progress: Progress | None = None) -> dict[str, An
     return summary
 
 
+def _present(config: TrainConfig) -> Manifest:
+    """The shards' manifest; BadInput at once where more tiles are missing from its files than the run bears."""
+    place = Place.of(config.shards)
+    if str(place) != place.text:
+        remedy = "Give credentials through the environment (AWS_ACCESS_KEY_ID, …): a run's configuration is written down"
+        raise BadInput("shards", "a URI without credentials", place, remedy)
+    shards = ShardSet(place)
+    lost = shards.lost()
+    tiles, bearable = sum(lost.values()), allowed(config.feed.max_damaged, len(shards))
+    if tiles > bearable:
+        first = next(iter(lost))
+        remedy = f"Restore it or stage again ({tiles} of {len(shards)} tiles are missing, feed.max_damaged allows {bearable})"
+        raise BadInput(first.where, first.expected, first.got, remedy)
+    return shards.manifest
+
+
 def _absolute(config: TrainConfig) -> TrainConfig:
     """Paths as the workers, elsewhere on the machine, can use them."""
-    return replace(config, shards=os.path.abspath(config.shards), out=os.path.abspath(config.out))
+    return replace(config, shards=Place.of(config.shards).text, out=os.path.abspath(config.out))
 
 
 def _check_shards(run: Run, config: TrainConfig) -> None:

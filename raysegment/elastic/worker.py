@@ -22,12 +22,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from raysegment.archive.shards import MANIFEST, Manifest, open_shards
+from raysegment.archive.manifest import Manifest, manifest_bytes, set_id
 from raysegment.climate.checks import BadInput
 from raysegment.elastic.chaos import Fault, Plan
 from raysegment.elastic.checkpoints import Checkpoint, Facts, newest_valid, read_checkpoint, remove_orphans, write_checkpoint
 from raysegment.elastic.runs import Run, StepLog, last_step, mend
 from raysegment.elastic.settings import TrainConfig, plain
+from raysegment.feed.quarantine import FILE, Quarantine
 from raysegment.feed.stream import open_stream
 from raysegment.learning.exchange import Distributed
 from raysegment.learning.losses import class_weights
@@ -56,12 +57,14 @@ def work(settings: dict[str, Any]) -> None:
 def _work(config: TrainConfig, run: Run, rank: int) -> None:
     started = time.perf_counter()
     device = _device(config)
-    manifest = open_shards(config.shards).manifest
+    manifest = Manifest.load(config.shards)
     if not _may_start(config, run, rank):
         return
     checkpoint = _newest_checkpoint(config, run, rank)
     first, world = checkpoint.facts.step if checkpoint else 0, dist.get_world_size()
-    stream = open_stream(config.shards, config.order(manifest), first, config.steps, rank, world, config.feed)
+    quarantine = Quarantine(manifest.tiles, config.feed.max_damaged, run.folder / FILE)
+    order = config.order(manifest)
+    stream = open_stream(config.shards, order, first, config.steps, rank, world, config.feed, quarantine)
     learner = make_learner(config, manifest, device)
     if checkpoint:
         restore(learner, TrainState(checkpoint.weights, checkpoint.state, checkpoint.facts.training))
@@ -78,7 +81,8 @@ def _work(config: TrainConfig, run: Run, rank: int) -> None:
             scribe.after(info, learner, now - before)
         before = now
         if info.signals & REPORT:
-            ray.train.report({"step": info.step, "loss": info.loss, "lr": info.lr, "samples": info.samples})
+            news = {"loss": info.loss, "lr": info.lr, "samples": info.samples, "quarantined": info.quarantined}
+            ray.train.report({"step": info.step, **news})
     if scribe:
         scribe.close(learner)
 
@@ -141,9 +145,8 @@ def check_shards(facts: Facts, config: TrainConfig) -> None:
 
 
 def manifest_sha256(shards: str) -> str:
-    """Identity of a shard set: its manifest holds the digests of all its files."""
-    with open(f"{shards}/{MANIFEST}", "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    """Identity of the shard set in a folder or below a URI."""
+    return set_id(manifest_bytes(shards))
 
 
 def state_sha256(weights: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> str:

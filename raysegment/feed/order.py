@@ -11,9 +11,14 @@ Glossary of the indices
     rank         a worker's place in the group of `world_size` workers; it computes a contiguous share of a step's
                  micro-batches and may get none
 
+    window       tiles that are mixed with each other; all of them unless the order is told otherwise
+    block        consecutive tiles that enter a window together: those of one shard
+
 A step may straddle two epochs (G need not divide the number of tiles). The permutation is a keyed bijection, computed
 for one place in O(1) time and memory, so it serves 10⁹ tiles as well as ten: a Feistel network (Luby and Rackoff 1988)
 on the smallest even number of bits that holds all places, walked until it lands inside (Black and Rogaway 2002, §3).
+With a window, blocks are permuted and the tiles of each window of them are: a worker then needs the shards of a window at
+a time, and a cache of that size reads each shard once per epoch, where mixing all tiles would read it for every tile.
 Nothing here depends on who computes it: resuming, shrinking and growing the group need the cursor alone.
 """
 
@@ -29,12 +34,17 @@ _ROUNDS = 6  # four make a pseudo-random permutation of many bits; tiny ones (4 
 
 @dataclass(frozen=True)
 class Order:
-    """The order in which `tiles` tiles are consumed, `global_batch` a step, `micro_batch` at a time."""
+    """The order in which `tiles` tiles are consumed, `global_batch` a step, `micro_batch` at a time.
+
+    `window` 0 mixes all tiles; otherwise that many (a multiple of `block`) are mixed with each other.
+    """
 
     tiles: int
     global_batch: int
     micro_batch: int
     seed: int = 0
+    window: int = 0
+    block: int = 1
 
     def __post_init__(self) -> None:
         if self.tiles < 1:
@@ -43,6 +53,8 @@ class Order:
             raise ValueError(
                 f"global_batch: expected a multiple of micro_batch {self.micro_batch}, both 1 or more, got {self.global_batch}"
             )
+        if self.window < 0 or self.block < 1 or self.window % self.block:
+            raise ValueError(f"window: expected a multiple of block {self.block}, or 0, got {self.window}")
 
     @property
     def micro_batches_per_step(self) -> int:
@@ -54,7 +66,21 @@ class Order:
     def tile(self, position: int) -> int:
         """The tile consumed at a position: the permutation of its epoch, at its place."""
         epoch, place = divmod(position, self.tiles)
-        return permute(place, self.tiles, _keys(self.seed, epoch))
+        if not self.window:
+            return permute(place, self.tiles, _keys(self.seed, epoch))
+        tile = self._windowed(place, epoch)
+        while tile >= self.tiles:  # a place that only fills up the last block
+            tile = self._windowed(tile, epoch)
+        return tile
+
+    def _windowed(self, place: int, epoch: int) -> int:
+        """A bijection of whole blocks' places: mixed within its window, whose blocks come from anywhere."""
+        blocks = -(-self.tiles // self.block)
+        window, inside = divmod(place, self.window)
+        size = min(self.window, blocks * self.block - window * self.window)
+        slot = window * self.window + permute(inside, size, _keys(self.seed, epoch, window))
+        block, rest = divmod(slot, self.block)
+        return permute(block, blocks, _keys(self.seed, epoch)) * self.block + rest
 
     def cursor(self, step: int) -> int:
         """First position of a step."""
@@ -100,18 +126,15 @@ class Line:
 
     def positions(self, start: int, stop: int) -> list[int]:
         """Positions of the micro-batches [start, stop) of the line, in order."""
-        return [position for index in range(start, min(stop, self.count)) for position in self._micro(index)]
+        return [position for index in range(start, min(stop, self.count)) for position in self.micro(index)]
 
-    def _micro(self, index: int) -> range:
+    def micro(self, index: int) -> range:
+        """Positions of micro-batch number `index` of the line."""
         step, micro = divmod(index, self.per_step)
         return self.order.micro_positions(self.first_step + step, self.first + micro)
 
-    def chunks(self, size: int) -> int:
-        """How many chunks of `size` micro-batches the line has."""
-        return -(-self.count // size)
-
     def __iter__(self) -> Iterator[range]:
-        return (self._micro(index) for index in range(self.count))
+        return (self.micro(index) for index in range(self.count))
 
 
 def permute(place: int, size: int, keys: tuple[int, ...]) -> int:
@@ -129,9 +152,10 @@ def permute(place: int, size: int, keys: tuple[int, ...]) -> int:
 
 
 @lru_cache(maxsize=64)
-def _keys(seed: int, epoch: int) -> tuple[int, ...]:
-    """Round keys of one epoch's permutation."""
+def _keys(seed: int, epoch: int, window: int = -1) -> tuple[int, ...]:
+    """Round keys of one epoch's permutation, or of one of its windows'."""
     state = mix(mix(seed & _WORD) ^ (epoch & _WORD))
+    state = state if window < 0 else mix(state ^ mix(window))
     return tuple(mix(state + round_) for round_ in range(1, _ROUNDS + 1))
 
 

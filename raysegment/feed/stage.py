@@ -4,58 +4,72 @@ Source files are grouped into parts; a part is one task, one shard file and one 
 what its tiles add to the totals. A part whose record agrees with its sources is complete and is not made again. HDF5
 has one lock for a whole process, so each task reads alone in its process. The totals are exact sums, merged at the end:
 the manifest's bytes depend neither on the number of processes nor on the order in which they finish.
+
+Each byte of the source's variables is read once: `bytes_read` is counted by the operating system, `source_bytes` are
+those that the files have for the variables and labels needed. What is read besides is metadata, some 20 to 100 kB a file:
+much beside a file of a few hundred kB, below 1 % of one map of 768 x 1152 cells.
+
+Memory of a task, with n cells in a map: 64 n bytes of fields, 3 x 33 n of tiles packed and being written, one chunk of a
+variable unpacked, and where chunks span several times or levels up to `memory_mib` of maps that are wanted later (those
+beyond lie in a temporary file, in the folder that TMPDIR names). It does not grow with the number of times or files.
+
+Statistics are of the tiles: a cell that several tiles have (a halo, the last row of tiles) counts in each of them, as it
+does in training.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
+import re
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
-from dataclasses import asdict, dataclass
-from fractions import Fraction
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import ray.data
 
-from raysegment.archive.files import committed
-from raysegment.archive.masks import Masks, mask_path, read_masks
-from raysegment.archive.moments import Moments
-from raysegment.archive.shards import MANIFEST, Manifest, Part, ShardWriter, TileId
-from raysegment.archive.skipped import Skipped, allowed, check_budget, write_skipped
-from raysegment.archive.snapshots import Source, list_sources, open_source
+from raysegment.archive.manifest import MANIFEST, Manifest
+from raysegment.archive.masks import mask_path
+from raysegment.archive.meter import ReadMeter
+from raysegment.archive.places import Place
+from raysegment.archive.skipped import SKIPPED, Skipped, allowed, check_budget, write_skipped
+from raysegment.archive.snapshots import list_sources, open_source
 from raysegment.climate.channels import NAMES
 from raysegment.climate.checks import BadInput
 from raysegment.climate.grid import Grid
+from raysegment.feed.part import INSIDE as INSIDE
+from raysegment.feed.part import PARTS, Item, Job, Result, made_before, make_part
 from raysegment.feed.session import ensure_ray
 from raysegment.feed.tiling import Tiling
 
-PARTS, SKIPPED = "parts", "skipped.csv"
-INSIDE = "labels inside the source files"
+_PART = re.compile(r"part-\d+\.(arrow|json)")
 _TILE_BYTES = 2 * len(NAMES) + 1  # per cell: float16 fields and one byte of mask
-_VERSION = 1  # of the records: raise it when a part's content changes
 
 
 @dataclass(frozen=True)
 class StageConfig:
-    """How an archive is cut: `tile` (rows, columns) or None for whole maps; `shard_mib` is a shard's size to aim for.
+    """How an archive is cut: `tile` (rows, columns) or None for whole maps, `halo` cells of it shared with neighbours.
 
-    `files_per_part` bounds how many source files one task reads.
+    `shard_mib` is a shard's size to aim for; `files_per_part` bounds how many source files one task reads; `memory_mib`
+    bounds what one task keeps in memory of maps that it had to read together with others.
     """
 
     tile: tuple[int, int] | None = None
     shard_mib: float = 64.0
     files_per_part: int = 8
+    halo: int = 0
+    memory_mib: float = 1024.0
 
     def __post_init__(self) -> None:
         if self.tile is not None and (len(self.tile) != 2 or min(self.tile) < 1):
             raise ValueError(f"tile: expected two sizes like 256x256, got {self.tile}")
         if self.shard_mib <= 0 or self.files_per_part < 1:
             raise ValueError(f"expected a positive shard_mib and files_per_part, got {self.shard_mib} and {self.files_per_part}")
+        if self.halo < 0 or self.memory_mib < 0:
+            raise ValueError(f"expected halo and memory_mib of 0 or more, got {self.halo} and {self.memory_mib}")
 
     @staticmethod
     def parse_tile(text: str, option: str = "--tile") -> tuple[int, int]:
@@ -69,81 +83,24 @@ class StageConfig:
 
 @dataclass(frozen=True)
 class StageReport:
-    """What a staging pass made: counts, seconds, and the files left out with their reasons."""
+    """What a staging pass made: counts, seconds, and the files left out with their reasons.
 
-    out: Path
+    `source_bytes` are those that the files have for what is needed, `bytes_read` those that were read (elsewhere than on
+    Linux nobody counts, and they are the same); parts that were there already add to neither.
+    """
+
+    out: str
     tiles: int
     snapshots: int
     shards: int
     sources: int
     source_bytes: int
+    bytes_read: int
+    read_ratio: float
     seconds: float
     parts_reused: int
     class_counts: tuple[int, ...]
     skipped: tuple[Skipped, ...]
-
-
-@dataclass(frozen=True)
-class _Item:
-    """One source file: its path, the name it has in the shards, its mask file."""
-
-    path: str
-    name: str
-    mask: str | None
-
-
-@dataclass(frozen=True)
-class _Job:
-    """One part to make: its files and everything a task must know; `key` identifies sources and settings."""
-
-    number: int
-    items: tuple[_Item, ...]
-    lat: tuple[float, ...]
-    lon: tuple[float, ...]
-    tile: tuple[int, int] | None
-    out: str
-
-    @property
-    def name(self) -> str:
-        return f"part-{self.number:05d}"
-
-    @property
-    def shard(self) -> Path:
-        return Path(self.out) / f"{self.name}.arrow"
-
-    @property
-    def record(self) -> Path:
-        return Path(self.out) / PARTS / f"{self.name}.json"
-
-    @property
-    def grid(self) -> Grid:
-        return Grid(np.array(self.lat), np.array(self.lon))
-
-    @property
-    def key(self) -> str:
-        """SHA-256 over the settings and over name, size and time of change of every file that is read."""
-        files = [_fingerprint(file) for item in self.items for file in (item.path, item.mask) if file]
-        content = [_VERSION, [item.name for item in self.items], files, self.lat, self.lon, self.tile]
-        return hashlib.sha256(json.dumps(content).encode()).hexdigest()
-
-
-@dataclass(frozen=True)
-class _Result:
-    """A part that is done: its shard (None when every file was bad), who labelled it, what was left out."""
-
-    part: Part | None
-    labels: tuple[str, ...]
-    skipped: tuple[Skipped, ...]
-    files: int
-    reused: bool = False
-
-
-class _BadFile(Exception):
-    """A source file that cannot be used, found while its part was being written."""
-
-    def __init__(self, item: _Item, reason: BadInput):
-        self.item, self.reason = item, reason
-        super().__init__(str(reason))
 
 
 def stage(
@@ -154,35 +111,38 @@ def stage(
     max_skipped: float = 0,
     progress: Callable[[int, int], None] | None = None,
 ) -> StageReport:
-    """Shards of all `sources` (files, folders, globs) in the folder `out`, labelled from `masks_dir` or from inside the files.
+    """Shards of all `sources` (files, folders, globs) in the folder or below the URI `out`, labelled from `masks_dir` or
+    from inside the files.
 
     Files that cannot be used are listed in `skipped.csv`; more than `max_skipped` of them (a count, or a share where it is
     less than 1) is an error and no manifest appears. `progress(done, total)` counts source files.
     """
-    started, config, out = time.monotonic(), config or StageConfig(), Path(out)
-    paths = list_sources(sources)
-    items = _items(paths, masks_dir)
-    _clear(out)
-    grid, snapshots = _first_grid(items, allowed(max_skipped, len(items)), out)
-    jobs = _jobs(items, grid, config, snapshots, out)
-    results = _make(jobs, allowed(max_skipped, len(items)), out, progress or (lambda done, total: None))
-    manifest = _finish(results, grid, config, out)
+    started, config, place = time.monotonic(), config or StageConfig(), Place.of(out)
+    items = _items(list_sources(sources), masks_dir)
+    _clear(place)
+    meter = ReadMeter()
+    with meter.counting():
+        grid, snapshots = _first_grid(items, allowed(max_skipped, len(items)), place)
+    jobs = _jobs(items, grid, config, snapshots, place)
+    results = _make(jobs, allowed(max_skipped, len(items)), place, progress or (lambda done, total: None))
+    manifest = _finish(results, grid, config, place)
+    needed, read = (sum(counts) for counts in zip(*((r.source_bytes, r.bytes_read) for r in results), strict=True))
     return StageReport(
-        out, manifest.tiles, manifest.snapshots, len(manifest.shards), len(items),
-        sum(path.stat().st_size for path in paths if path.exists()), time.monotonic() - started,
+        str(place), manifest.tiles, manifest.snapshots, len(manifest.shards), len(items), needed, read + meter.bytes_read,
+        (read + meter.bytes_read) / needed if needed else 0.0, time.monotonic() - started,
         sum(result.reused for result in results), manifest.class_counts, _skipped(results),
     )  # fmt: skip
 
 
-def _clear(out: Path) -> None:
+def _clear(place: Place) -> None:
     """What is being made anew is not complete: no manifest. What writers that died left half-written goes, too."""
-    (out / PARTS).mkdir(parents=True, exist_ok=True)
-    for path in (out / MANIFEST, *out.glob(".*.tmp"), *(out / PARTS).glob(".*.tmp")):
-        with suppress(FileNotFoundError):
-            path.unlink()
+    place.remove(MANIFEST)
+    if place.local is not None:
+        for left in (*place.local.glob(".*.tmp"), *(place.local / PARTS).glob(".*.tmp")):
+            left.unlink(missing_ok=True)
 
 
-def _items(paths: list[Path], masks_dir: str | Path | None) -> list[_Item]:
+def _items(paths: list[Path], masks_dir: str | Path | None) -> list[Item]:
     """Every source with its name below the folder that all have in common, and its mask file."""
     common = Path(os.path.commonpath([path.absolute().parent for path in paths]))
     names = [path.absolute().relative_to(common).as_posix() for path in paths]
@@ -191,10 +151,10 @@ def _items(paths: list[Path], masks_dir: str | Path | None) -> list[_Item]:
         names = [path.stem for path in paths]
         twice = next(name for name in names if names.count(name) > 1)
         raise BadInput(masks_dir, "one source file per mask file", f"several named {twice}", "Stage their folders separately.")
-    return [_Item(str(path), name, mask) for path, name, mask in zip(paths, names, masks, strict=True)]
+    return [Item(str(path), name, mask) for path, name, mask in zip(paths, names, masks, strict=True)]
 
 
-def _first_grid(items: list[_Item], budget: int, out: Path) -> tuple[Grid, int]:
+def _first_grid(items: list[Item], budget: int, place: Place) -> tuple[Grid, int]:
     """Grid and number of snapshots of the first file that can be opened; BadInput when too many before it cannot."""
     bad: list[Skipped] = []
     for item in items:
@@ -205,27 +165,29 @@ def _first_grid(items: list[_Item], budget: int, out: Path) -> tuple[Grid, int]:
             bad.append(Skipped.of(item.path, error))
         if len(bad) > budget:
             break
-    write_skipped(out / SKIPPED, bad)
-    check_budget(bad, len(items), min(budget, len(items) - 1), out / SKIPPED)
+    write_skipped(place, bad)
+    check_budget(bad, len(items), min(budget, len(items) - 1), place.shown(SKIPPED))
     raise AssertionError("a list of sources is not empty")
 
 
-def _jobs(items: list[_Item], grid: Grid, config: StageConfig, snapshots: int, out: Path) -> list[_Job]:
+def _jobs(items: list[Item], grid: Grid, config: StageConfig, snapshots: int, place: Place) -> list[Job]:
     """Files in parts of about `shard_mib`, judged by the first file; the machine's size has no say in it."""
     try:
-        Tiling.of(grid.shape, config.tile, grid.periodic)
+        Tiling.of(grid.shape, config.tile, grid.periodic, config.halo)
     except ValueError as error:
-        raise BadInput("tile", "a tile no larger than the map", error, "Choose a smaller tile.") from None
+        expected = "a tile no larger than the map, more than two halos wide"
+        raise BadInput("tile", expected, error, "Choose a smaller tile or halo.") from None
     file_mib = snapshots * grid.lat.size * grid.lon.size * _TILE_BYTES / 2**20
     size = max(1, min(config.files_per_part, round(config.shard_mib / file_mib)))
     lat, lon = tuple(grid.lat.tolist()), tuple(grid.lon.tolist())
     groups = [tuple(items[start : start + size]) for start in range(0, len(items), size)]
-    return [_Job(number, group, lat, lon, config.tile, str(out)) for number, group in enumerate(groups)]
+    made = config.tile, config.halo, config.memory_mib, place.text
+    return [Job(number, group, lat, lon, *made) for number, group in enumerate(groups)]
 
 
-def _make(jobs: list[_Job], budget: int, out: Path, progress: Callable[[int, int], None]) -> list[_Result]:
+def _make(jobs: list[Job], budget: int, place: Place, progress: Callable[[int, int], None]) -> list[Result]:
     """All parts, those found complete and those made now; stops with BadInput when too many files cannot be used."""
-    known = [_read_record(job) for job in jobs]
+    known = [made_before(job) for job in jobs]
     missing = [job for job, result in zip(jobs, known, strict=True) if result is None]
     results = [result for result in known if result is not None]
     done, total = sum(result.files for result in results), sum(len(job.items) for job in jobs)
@@ -236,159 +198,45 @@ def _make(jobs: list[_Job], budget: int, out: Path, progress: Callable[[int, int
         progress(done, total)
         if len(_skipped(results)) > budget:
             break
-    write_skipped(out / SKIPPED, _skipped(results))
-    check_budget(_skipped(results), total, budget, out / SKIPPED)
+    write_skipped(place, _skipped(results))
+    check_budget(_skipped(results), total, budget, place.shown(SKIPPED))
     return results
 
 
-def _run(jobs: list[_Job]) -> Iterator[_Result]:
+def _run(jobs: list[Job]) -> Iterator[Result]:
     """Each job in a Ray Data task of its own, results as they come."""
     if not jobs:
         return
     ensure_ray()
-    rows = [{"job": json.dumps(asdict(job))} for job in jobs]
+    rows = [{"job": job.to_json()} for job in jobs]
     data = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(_make_part, batch_size=1, num_cpus=1)
     for batch in data.iter_batches(batch_size=None, prefetch_batches=0):
         for text in batch["result"]:
-            yield _result_from(json.loads(text))
+            yield Result.from_dict(json.loads(text))
 
 
 def _make_part(batch: Any) -> Any:
-    """In a task: make one part, leaving out its bad files, and say what came of it."""
-    text = json.loads(str(batch["job"][0]))
-    job = _Job(**{**text, "items": tuple(_Item(**item) for item in text["items"]), "tile": text["tile"] and tuple(text["tile"])})
-    key = job.key  # taken before reading: a file that changes meanwhile makes the part stale
-    result = _write_part(job)
-    record = _result_text(result)
-    with committed(job.record) as temporary:
-        temporary.write_text(json.dumps({"key": key, **record}, indent=1))
-    return {"result": np.array([json.dumps(record)], dtype=object)}
+    """In a task: make one part and say what came of it."""
+    result = make_part(Job.from_json(str(batch["job"][0])))
+    return {"result": np.array([json.dumps(result.to_dict())], dtype=object)}
 
 
-def _write_part(job: _Job) -> _Result:
-    """The shard of all files of a part that can be used; one that turns out bad half-way starts the shard anew without it."""
-    skipped: list[Skipped] = []
-    items = list(job.items)
-    while items:
-        labels: set[str] = set()
-        try:
-            with ShardWriter(job.shard, *Tiling.of(job.grid.shape, job.tile, job.grid.periodic).tile) as writer:
-                for item in items:
-                    _add_file(writer, item, job, labels)
-            return _Result(writer.part, tuple(sorted(labels)), tuple(skipped), len(job.items))
-        except _BadFile as error:
-            skipped.append(Skipped.of(error.item.path, error.reason))
-            items.remove(error.item)
-    with suppress(FileNotFoundError):
-        job.shard.unlink()
-    return _Result(None, (), tuple(skipped), len(job.items))
-
-
-def _add_file(writer: ShardWriter, item: _Item, job: _Job, labels: set[str]) -> None:
-    """All tiles of one source file."""
-    try:
-        with open_source(item.path) as source:
-            masks = _masks_of(item, source, job.grid)
-            labels.add(INSIDE if masks is None else masks.labeller)
-            for index in range(source.count):
-                _add_snapshot(writer, source, index, masks, item.name, job)
-    except BadInput as error:
-        raise _BadFile(item, error) from None
-
-
-def _add_snapshot(writer: ShardWriter, source: Source, index: int, masks: Masks | None, name: str, job: _Job) -> None:
-    snapshot = source.read(index)
-    mask = snapshot.mask if masks is None else masks.masks[index]
-    assert mask is not None
-    tiling = Tiling.of(snapshot.grid.shape, job.tile, snapshot.grid.periodic)
-    for row, column in tiling.corners:
-        origin = TileId(name, index, snapshot.time_label, row, column)
-        writer.add(tiling.cut(snapshot.fields, row, column), tiling.cut(mask, row, column), origin)
-
-
-def _masks_of(item: _Item, source: Source, grid: Grid) -> Masks | None:
-    """The masks of a source file, None when they are inside it; BadInput when there are none or they do not fit."""
-    own = source.axes.grid
-    if not own.same_as(grid):
-        got = f"{own.shape[0]} x {own.shape[1]} from {own.lat[0]:g}N {own.lon[0]:g}E"
-        expected = f"the first file's grid, {grid.shape[0]} x {grid.shape[1]} from {grid.lat[0]:g}N {grid.lon[0]:g}E"
-        raise BadInput(item.path, expected, got, "Stage files of different grids into folders of their own.")
-    if item.mask is None:
-        if not source.has_mask:
-            raise BadInput(item.path, "labels inside", "none", "Label it with `raysegment segment` and give --masks DIR.")
-        return None
-    if not Path(item.mask).exists():
-        raise BadInput(item.mask, f"the masks of {item.name}", "no such file", "Label it with `raysegment segment` first.")
-    masks = read_masks(item.mask)
-    masks.check_fits(own, source.count)
-    _check_times(item, masks, source)
-    return masks
-
-
-def _check_times(item: _Item, masks: Masks, source: Source) -> None:
-    for index, (ours, theirs) in enumerate(zip(source.times, masks.times, strict=True)):
-        if ours is not None and theirs is not None and ours.timetuple()[:6] != theirs.timetuple()[:6]:
-            expected, got = f"the times of {item.name}, {ours.isoformat()} at {index}", theirs.isoformat()
-            raise BadInput(item.mask, expected, got, "Use the masks made for this file.")
-
-
-def _finish(results: list[_Result], grid: Grid, config: StageConfig, out: Path) -> Manifest:
+def _finish(results: list[Result], grid: Grid, config: StageConfig, place: Place) -> Manifest:
     """The manifest, after everything that is no part of it has gone."""
     parts = [result.part for result in results if result.part is not None]
     if not parts:
-        raise BadInput(out, "at least one source file that can be used", "none", f"See {out / SKIPPED}.")
+        raise BadInput(place, "at least one source file that can be used", "none", f"See {place.shown(SKIPPED)}.")
     wanted = {Path(part.file).stem for part in parts}
-    for stale in (*out.glob("part-*.arrow"), *(out / PARTS).glob("part-*.json")):
-        if stale.stem not in wanted:
-            stale.unlink()
+    names = [*place.names(), *(f"{PARTS}/{name}" for name in place.names(PARTS))]
+    for name in names:
+        if _PART.fullmatch(Path(name).name) and Path(name).stem not in wanted:
+            place.remove(name)
     labels = "; ".join(sorted({label for result in results for label in result.labels}))
-    manifest = Manifest.of(parts, Tiling.of(grid.shape, config.tile, grid.periodic).tile, grid, labels)
-    manifest.save(out)
+    tiling = Tiling.of(grid.shape, config.tile, grid.periodic, config.halo)
+    manifest = Manifest.of(parts, tiling.tile, grid, labels, config.halo)
+    manifest.save(place)
     return manifest
 
 
-def _skipped(results: list[_Result]) -> tuple[Skipped, ...]:
+def _skipped(results: list[Result]) -> tuple[Skipped, ...]:
     return tuple(sorted((row for result in results for row in result.skipped), key=lambda row: row.file))
-
-
-def _fingerprint(path: str) -> tuple[str, int, int] | tuple[str]:
-    try:
-        status = os.stat(path)
-    except OSError:
-        return (path,)
-    return path, status.st_size, status.st_mtime_ns
-
-
-def _read_record(job: _Job) -> _Result | None:
-    """The result of a part made before, if it is of the same sources and settings, left nothing out and is still there."""
-    try:
-        record = json.loads(job.record.read_text())
-        if record.pop("key") != job.key:
-            return None
-        result = _result_from(record, reused=True)
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-    if result.skipped or result.part is None or not job.shard.exists() or job.shard.stat().st_size != result.part.bytes:
-        return None
-    return result
-
-
-def _result_text(result: _Result) -> dict[str, Any]:
-    """A result as JSON, fractions exact."""
-    part = None
-    if result.part is not None:
-        moments = result.part.moments
-        sums = {name: [str(x) for x in getattr(moments, name)] for name in ("total", "squares")}
-        part = {**result.part.entry, "snapshots": sorted(result.part.snapshots), "moments": {**asdict(moments), **sums}}
-    return {"part": part, "labels": result.labels, "skipped": [row.row() for row in result.skipped], "files": result.files}
-
-
-def _result_from(record: dict[str, Any], reused: bool = False) -> _Result:
-    part = record["part"]
-    if part is not None:
-        exact = {name: tuple(Fraction(x) for x in part["moments"][name]) for name in ("total", "squares")}
-        rest = {name: tuple(part["moments"][name]) for name in ("minimum", "maximum", "class_counts")}
-        moments = Moments(pixels=part["moments"]["pixels"], **exact, **rest)
-        part = Part(**{**part, "snapshots": frozenset((name, index) for name, index in part["snapshots"]), "moments": moments})
-    skipped = tuple(Skipped(**row) for row in record["skipped"])
-    return _Result(part, tuple(record["labels"]), skipped, record["files"], reused)

@@ -1,145 +1,178 @@
-"""A worker's own Ray Data stream over its own slice of every step: in order, ahead of time, resumable at any step.
+"""A worker's own stream over its own slice of every step: in order, ahead of time, resumable at any step.
 
-What travels as rows is the number of a *chunk*: some consecutive micro-batches of this worker's line of work (`Order.line`),
-possibly of several steps. A read task computes the chunk's positions, maps the shards, gathers the tiles and returns
-them as one block, so that Ray's ≈ 14 ms per block are paid once for a chunk's tiles. Tasks need no CPU of their own in Ray's
-books (they copy memory) and their number is bounded instead: however many CPUs the trainers hold, a stream can always
-proceed, and there is nothing to wait for each other about. No coordinator serves more than one worker.
+The order is arithmetic, so nobody hands out tiles: a worker knows its positions, threads copy their tiles into reused
+memory some micro-batches ahead of the trainer, and Ray Data tasks (`ahead`) have them on the node before that. A stream
+never waits for the tasks: a tile that is not here is fetched by the thread that needs it. Hence a change of membership
+costs nothing but a new plan: `replan` starts at any step with any share, in the same threads.
 
-Copies of a tile: page cache → the task's block → object store → the trainer's views of it (none).
+Copies of a tile, shards in place: page cache → the worker's buffer, whose views the trainer gets. Cached: source → file
+in the node's cache → the worker's buffer. In flight are the micro-batches `ahead` of the trainer and those it holds.
 """
 
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import chain
 from pathlib import Path
-from typing import Any, cast
 
-import numpy as np
 import ray
-import ray.data
-from numpy.typing import NDArray
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from raysegment.archive.shards import ShardSet, open_shards
+from raysegment.archive.places import Place
+from raysegment.feed.ahead import Ahead
 from raysegment.feed.batches import MicroBatch, StepInput
-from raysegment.feed.chunks import Chunks, tile_bytes
-from raysegment.feed.direct import direct_steps, micro_batch
+from raysegment.feed.direct import direct_steps
+from raysegment.feed.gather import Buffers, gather
 from raysegment.feed.order import Line, Order
+from raysegment.feed.quarantine import Quarantine
+from raysegment.feed.store import Source, TileStore
 
 KINDS = ("ray", "direct")
-_Block = dict[str, NDArray[Any]]  # columns positions (n,), fields (n, 16, h, w), mask (n, h, w)
-_WINDOW = 1024  # chunks in one Ray Data execution: their plan is made at its start
 
 
 @dataclass(frozen=True)
 class FeedConfig:
-    """How tiles reach a worker: `kind` "ray" (read ahead by Ray Data tasks) or "direct" (read in place, when asked for).
+    """How tiles reach a worker: `kind` "ray" (ahead of it, by threads and Ray Data tasks) or "direct" (when asked for).
 
-    `chunk_mib` is a block's size, `readers` how many read tasks a worker has at once, `ahead` how many finished chunks
-    wait: at most (readers + ahead + 2) · chunk_mib are in flight per worker, and no less than one micro-batch each.
+    `readers` threads keep `ahead_mib` of tiles (two micro-batches at least) ready for the trainer. `tasks` Ray Data tasks
+    prepare windows of `window_mib` before that. `cache` is a folder of the node's disk for at most `cache_gib` of shards:
+    needed for shards in an object store ("" is a folder below the temporary one), of use for those on a slow disk. Of all
+    tiles, `max_damaged` (a share below 1, rounded up, or a number; 0 is strict) may be damaged and are left out.
     """
 
     kind: str = "ray"
-    chunk_mib: float = 24.0
     readers: int = 2
-    ahead: int = 2
+    ahead_mib: float = 256.0
+    tasks: int = 2
+    window_mib: float = 1024.0
+    cache: str = ""
+    cache_gib: float = 64.0
+    max_damaged: float = 0.001
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
             raise ValueError(f"feed.kind: expected one of {', '.join(KINDS)}, got {self.kind!r}")
-        if self.chunk_mib <= 0 or self.readers < 1 or self.ahead < 1:
-            raise ValueError(f"feed: expected positive chunk_mib, readers and ahead, got {self}")
+        if self.readers < 1 or self.tasks < 1 or self.max_damaged < 0:
+            raise ValueError(f"feed: expected at least one of readers and tasks and no negative max_damaged, got {self}")
+        if min(self.ahead_mib, self.window_mib, self.cache_gib) <= 0:
+            raise ValueError(f"feed: expected positive ahead_mib, window_mib and cache_gib, got {self}")
 
-    def micro_batches_per_chunk(self, shards: ShardSet, micro_batch_size: int) -> int:
-        height, width = shards.manifest.tile
-        bytes_each = micro_batch_size * height * width * (2 * len(shards.manifest.channels) + 1)
-        return max(1, int(self.chunk_mib * 2**20 / bytes_each))
+    def source(self, shards: str | Path | Place) -> Source:
+        return Source(str(Place.of(shards).text), self.cache, self.cache_gib)
+
+    def micro_batches_ahead(self, micro_bytes: int) -> int:
+        """How many micro-batches are read before they are asked for."""
+        return max(2, int(self.ahead_mib * 2**20 / micro_bytes))
+
+    def micro_batches_planned(self, micro_bytes: int) -> int:
+        """How many micro-batches one plan of Ray Data covers: two plans fit into half the cache."""
+        return max(1, int(min(self.window_mib, self.cache_gib * 1024 / 4) * 2**20 / micro_bytes))
+
+
+class Stream:
+    """`rank`'s share of the steps [first_step, last_step), an iterator of `StepInput`; several plans, one after the other.
+
+    Reading begins at once, before the first step is asked for. `load_s` of each is the time that the caller had to wait.
+    """
+
+    def __init__(self, store: TileStore, order: Order, last_step: int, config: FeedConfig, quarantine: Quarantine):
+        assert order.tiles == store.manifest.tiles, (order.tiles, store.manifest.tiles)
+        self._store, self._order, self._last, self._config, self._quarantine = store, order, last_step, config, quarantine
+        self._pool = ThreadPoolExecutor(config.readers, "feed")
+        self._buffers, self._pending = Buffers(), deque[Future[MicroBatch]]()
+        self._ahead: Ahead | None = None
+        self._line: Line | None = None
+
+    @property
+    def tiles_in_flight(self) -> int:
+        """Tiles that are read or being read and not yet asked for, at most."""
+        return self._config.micro_batches_ahead(self._micro_bytes) * self._order.micro_batch
+
+    def replan(self, step: int, rank: int, world_size: int) -> None:
+        """From now on the share of `rank` in a group of `world_size`, beginning with `step`; what was ahead is let go."""
+        self._let_go()
+        self._step, self._sent = step, 0
+        self._line = self._order.line(step, self._last, rank, world_size)
+        self._fill()
+        if self._config.kind == "ray" and ray.is_initialized() and self._line.count:
+            window = self._config.micro_batches_planned(self._micro_bytes)
+            per_task = max(1, int(self._config.ahead_mib * 2**20 / 4 / self._store.tile_bytes))
+            self._ahead = Ahead(self._store, self._line, window, per_task, self._config.tasks)
+
+    def __iter__(self) -> Iterator[StepInput]:
+        return self
+
+    def __next__(self) -> StepInput:
+        if self._line is None or self._step >= self._last:
+            self.close()
+            raise StopIteration
+        started = time.perf_counter()
+        share = [self._next_micro_batch() for _ in range(self._line.per_step)]
+        item = StepInput(self._step, share, time.perf_counter() - started)
+        self._step += 1
+        return item
+
+    def __del__(self) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the threads; an iteration that goes on ends."""
+        self._let_go()
+        self._line = None
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+    def _next_micro_batch(self) -> MicroBatch:
+        self._fill()
+        batch = self._pending.popleft().result()
+        self._fill()
+        if self._ahead is not None:
+            self._ahead.advance(self._sent - len(self._pending))
+        return batch
+
+    def _fill(self) -> None:
+        """Have as many micro-batches in work as may be ahead."""
+        assert self._line is not None
+        while self._sent < self._line.count and len(self._pending) < self._config.micro_batches_ahead(self._micro_bytes):
+            positions = self._line.micro(self._sent)
+            self._pending.append(
+                self._pool.submit(gather, self._store, self._order, positions, self._quarantine, self._buffers)
+            )
+            self._sent += 1
+
+    def _let_go(self) -> None:
+        if self._ahead is not None:
+            self._ahead.stop()
+            self._ahead = None
+        while self._pending:
+            self._pending.popleft().cancel()
+
+    @property
+    def _micro_bytes(self) -> int:
+        return self._order.micro_batch * self._store.tile_bytes
 
 
 def open_stream(
-    shards_dir: str | Path,
+    shards: str | Path | Place,
     order: Order,
     first_step: int,
     last_step: int,
     rank: int = 0,
     world_size: int = 1,
     config: FeedConfig | None = None,
+    quarantine: Quarantine | None = None,
 ) -> Iterator[StepInput]:
-    """`rank`'s share of the steps [first_step, last_step) of `order` over the shards in a folder, step by step.
+    """`rank`'s share of the steps [first_step, last_step) of `order` over a shard set, step by step.
 
-    Reading begins at once, before the first step is asked for. `load_s` of each is the time that the caller had to wait.
+    Damaged tiles go into `quarantine` (one of this stream's own unless given). Without a Ray that this process is
+    connected to, the stream's threads read alone.
     """
-    shards, config = open_shards(shards_dir), config or FeedConfig()
-    assert order.tiles == len(shards), (order.tiles, len(shards))
+    config = config or FeedConfig()
+    store = TileStore(config.source(shards))
+    quarantine = Quarantine(store.manifest.tiles, config.max_damaged) if quarantine is None else quarantine
     if config.kind == "direct":
-        return direct_steps(shards, order, first_step, last_step, rank, world_size)
-    line = order.line(first_step, last_step, rank, world_size)
-    blocks = _blocks(Path(shards_dir), line, config.micro_batches_per_chunk(shards, order.micro_batch), config)
-    return _steps(_micro_batches(blocks, line), line, last_step)
-
-
-def _steps(batches: Iterator[MicroBatch], line: Line, last_step: int) -> Iterator[StepInput]:
-    for step in range(line.first_step, last_step):
-        started = time.perf_counter()
-        share = [next(batches) for _ in range(line.per_step)]
-        yield StepInput(step, share, time.perf_counter() - started)
-
-
-def _micro_batches(blocks: Iterator[_Block], line: Line) -> Iterator[MicroBatch]:
-    """Blocks of any number of rows cut into micro-batches, which are views wherever one block holds them whole."""
-    size, rest = line.order.micro_batch, None
-    expected = iter(line)
-    for block in blocks:
-        rest = block if rest is None else {name: np.concatenate([rest[name], block[name]]) for name in block}
-        whole = len(rest["positions"]) // size * size
-        for start in range(0, whole, size):
-            batch = {name: column[start : start + size] for name, column in rest.items()}
-            assert batch["positions"].tolist() == list(next(expected)), "the stream is out of order"
-            yield micro_batch(batch["positions"].tolist(), batch["fields"], batch["mask"])
-        rest = {name: column[whole:] for name, column in rest.items()} if whole < len(rest["positions"]) else None
-    assert rest is None, "the stream ended within a micro-batch"
-
-
-def _blocks(folder: Path, line: Line, chunk: int, config: FeedConfig) -> Iterator[_Block]:
-    """The chunks of a line, one window of them after the other; the first begins now, each next while one is consumed."""
-    count = line.chunks(chunk)
-    windows = [(start, min(start + _WINDOW, count)) for start in range(0, count, _WINDOW)]
-    pool = ThreadPoolExecutor(1, "next-window")
-    opened = pool.submit(_open_window, folder, line, chunk, windows[0], config) if windows else None
-
-    def consume(opened: Future[Iterator[_Block]] | None) -> Iterator[_Block]:
-        with pool:
-            for number, (start, stop) in enumerate(windows):
-                assert opened is not None
-                current, opened = opened, None
-                for place, block in enumerate(current.result()):
-                    if place >= (stop - start) // 2 and opened is None and number + 1 < len(windows):
-                        opened = pool.submit(_open_window, folder, line, chunk, windows[number + 1], config)
-                    yield block
-
-    return consume(opened)
-
-
-def _open_window(folder: Path, line: Line, chunk: int, window: tuple[int, int], config: FeedConfig) -> Iterator[_Block]:
-    """A started Ray Data execution over the chunks [window), its first block already here."""
-    start, stop = window
-    data = ray.data.read_datasource(
-        Chunks(str(folder), line, chunk, start, stop),
-        override_num_blocks=stop - start,
-        concurrency=min(config.readers, stop - start),
-        num_cpus=0,
-    )
-    data.context.scheduling_strategy = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
-    options = data.context.execution_options
-    options.preserve_order = True
-    options.verbose_progress = False
-    bytes_each = chunk * line.order.micro_batch * tile_bytes(str(folder))
-    options.resource_limits = options.resource_limits.copy(object_store_memory=(config.readers + config.ahead) * bytes_each)
-    blocks = data.iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=config.ahead)
-    iterator = cast(Iterator[_Block], iter(blocks))
-    return chain([next(iterator)], iterator)
+        return direct_steps(store, order, first_step, last_step, rank, world_size, quarantine)
+    stream = Stream(store, order, last_step, config, quarantine)
+    stream.replan(first_step, rank, world_size)
+    return stream

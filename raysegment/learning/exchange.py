@@ -1,8 +1,11 @@
 """The one conversation of a step: what every member computed becomes what all members know.
 
-First a short message (`Head`, one all-reduced int64 vector): the positions consumed, the loss, whether anybody met a
-number that is not finite, and how large the largest values are. Then, unless the step is to be skipped, the long one:
-gradients and batch-norm statistics, each a sum over the micro-batches of the whole step.
+First a short message (`Head`, one all-reduced int64 vector): the positions consumed and the tiles among them that were
+usable, the loss, whether anybody met a number that is not finite, and how large the largest values are. Then, unless the
+step is to be skipped, the long one: gradients and batch-norm statistics, each a sum over the micro-batches of the whole
+step, in which a micro-batch of m positions with u usable tiles weighs u/m. (The sum divided by Σ u/m is then the mean over
+usable tiles.) The weight enters before anything else is done with a contribution: it is part of x and e below, and belongs
+to the micro-batch, not to whoever computed it.
 
 `exact`: each micro-batch's contribution x is rounded to the integer x·2^k, and integers are summed. Integer sums know
 neither order nor grouping, so the result is the same bits whoever computed what, in a world of any size. k follows from
@@ -26,7 +29,7 @@ MODES = ("exact", "exact64", "fast")
 _LOSS_BITS = 24  # the loss travels as an integer multiple of 2^-24
 _EXPONENTS = 320  # float32 has exponents from −148 to 128; slot = exponent + 160
 _ZERO = 160
-_SUMS = 5  # positions, samples, loss, not finite, signals
+_SUMS = 6  # sum of positions, positions, usable tiles, loss, not finite, signals
 
 
 class OutOfOrder(RuntimeError):
@@ -76,20 +79,29 @@ class Distributed:
 class Head:
     """What all members know of a step after the short message; equal everywhere."""
 
-    samples: int
+    positions: int
     position_sum: int  # Σ (position − cursor)
-    loss: float  # mean over the samples of the world
+    used: int  # positions whose tile was usable
+    loss: float  # mean over the usable tiles of the world; not a number without any
     finite: bool
     signals: int  # Σ of what the members wished to say
     exponents: tuple[int, ...]  # of the largest magnitude in each vector; −160 where all are zero
 
+    @property
+    def summable(self) -> bool:
+        """Whether there is something to learn from; if not, the step is skipped and there is no long message."""
+        return self.finite and self.used > 0
+
     def check_order(self, global_batch: int) -> None:
-        """Raise unless the positions cursor … cursor + G − 1 were consumed: Σ (position − cursor) = G(G − 1)/2."""
+        """Raise unless the positions cursor … cursor + G − 1 were consumed: Σ (position − cursor) = G(G − 1)/2.
+
+        A position whose tile is damaged is consumed like any other.
+        """
         expected = global_batch * (global_batch - 1) // 2
-        if (self.samples, self.position_sum) != (global_batch, expected):
+        if (self.positions, self.position_sum) != (global_batch, expected):
             raise OutOfOrder(
                 f"expected {global_batch} samples with positions summing to {expected} from the cursor, "
-                f"got {self.samples} summing to {self.position_sum}"
+                f"got {self.positions} summing to {self.position_sum}"
             )
 
 
@@ -98,19 +110,25 @@ class Tally:
     """What one member has to say in the short message, counted as its micro-batches finish."""
 
     position_sum: int = 0
-    samples: int = 0
-    loss_sum: int = 0  # per sample, in units of 2^-24
-    unusable: int = 0
+    positions: int = 0
+    used: int = 0
+    loss_sum: int = 0  # per usable tile, in units of 2^-24
+    not_finite: int = 0
     signal: int = 0
 
-    def count(self, offsets: Sequence[int], loss: float) -> None:
-        """A micro-batch: positions relative to the cursor, and its mean loss."""
+    def count(self, offsets: Sequence[int], used: int, loss: float) -> None:
+        """A micro-batch: positions relative to the cursor, how many tiles were usable, and the mean loss of these."""
         self.position_sum += sum(offsets)
-        self.samples += len(offsets)
+        self.positions += len(offsets)
+        self.used += used
         if math.isfinite(loss):
-            self.loss_sum += round(loss * len(offsets) * 2**_LOSS_BITS)
+            self.loss_sum += round(loss * used * 2**_LOSS_BITS)
         else:
-            self.unusable += 1
+            self.not_finite += 1
+
+    def sums(self) -> list[int]:
+        """What is added up over the members."""
+        return [self.position_sum, self.positions, self.used, self.loss_sum, self.not_finite, self.signal]
 
 
 def exponent(values: Tensor) -> int | None:
@@ -124,8 +142,9 @@ def exponent(values: Tensor) -> int | None:
 class Exchange:
     """The conversation of one step over a world, in one of the modes; keeps no state between steps.
 
-    A member calls `add` for each of its micro-batches with one vector per kind (gradients, statistics), and `finish`
-    once. Every member of the world must finish, also one without a micro-batch.
+    A member calls `add` for each of its micro-batches with one vector per kind (gradients, statistics), or `pass_over`
+    for one without a usable tile; then `head` and, if that is summable, `body`. So must every member of the world, also one
+    without a micro-batch.
     """
 
     def __init__(self, world: World, mode: str, micro_batches: int, like: Sequence[Tensor], signal: int = 0):
@@ -135,12 +154,18 @@ class Exchange:
         self._rows: list[list[Tensor]] = []
         self._tops = [-_ZERO] * len(self.like)
 
-    def add(self, vectors: Sequence[Tensor], offsets: Sequence[int], loss: float) -> None:
-        """Keep copies of one micro-batch's contributions (or, in mode fast, add them up)."""
-        self.tally.count(offsets, loss)
+    def add(self, vectors: Sequence[Tensor], offsets: Sequence[int], loss: float, used: int | None = None) -> None:
+        """Keep copies of one micro-batch's contributions (or, in mode fast, add them up).
+
+        Vectors and loss are means over its usable tiles: `used` of its positions, all unless given.
+        """
+        used = len(offsets) if used is None else used
+        self.tally.count(offsets, used, loss)
+        if used < len(offsets):
+            vectors = [vector * (used / len(offsets)) for vector in vectors]
         tops = [exponent(vector) for vector in vectors]
         if any(top is None for top in tops):
-            self.tally.unusable += 1
+            self.tally.not_finite += 1
             return
         self._tops = [max(a, b) for a, b in zip(self._tops, tops, strict=True)]  # type: ignore[type-var]
         if self.mode == "fast" and self._rows:
@@ -149,25 +174,28 @@ class Exchange:
         else:
             self._rows.append([vector.clone() for vector in vectors])
 
+    def pass_over(self, offsets: Sequence[int]) -> None:
+        """Count the positions of a micro-batch without a usable tile: it is consumed, and contributes nothing."""
+        self.tally.count(offsets, 0, 0.0)
+
     def head(self) -> Head:
         """The short message: one all-reduce."""
         mine = torch.zeros(_SUMS + _EXPONENTS * len(self.like), dtype=torch.int64)
-        tally = self.tally
-        mine[:_SUMS] = torch.tensor([tally.position_sum, tally.samples, tally.loss_sum, tally.unusable, tally.signal])
+        mine[:_SUMS] = torch.tensor(self.tally.sums())
         marks = mine[_SUMS:].view(len(self.like), _EXPONENTS)
         for row, top in zip(marks, self._tops, strict=True):
             row[top + _ZERO] = 1
         everyone = mine.to(self.like[0].device)
         self.world.all_reduce(everyone)
-        position_sum, samples, loss_sum, unusable, signals = everyone[:_SUMS].tolist()
+        position_sum, positions, used, loss_sum, not_finite, signals = everyone[:_SUMS].tolist()
         marks = everyone[_SUMS:].view(len(self.like), _EXPONENTS)
         tops = tuple(int(row.nonzero().max()) - _ZERO for row in marks)
-        loss = loss_sum / 2**_LOSS_BITS / max(samples, 1)
-        return Head(samples, position_sum, loss if not unusable else math.nan, not unusable, signals, tops)
+        loss = loss_sum / 2**_LOSS_BITS / used if used and not not_finite else math.nan
+        return Head(positions, position_sum, used, loss, not not_finite, signals, tops)
 
     def body(self, head: Head) -> list[Tensor]:
-        """The long message: the sum of each kind of vector over all micro-batches of the step, float32; one all-reduce."""
-        assert head.finite, "a step with numbers that are not finite is skipped, not summed"
+        """The long message: Σ u/m · vector over all micro-batches of the step, of each kind, float32; one all-reduce."""
+        assert head.summable, "a step with numbers that are not finite, or with none at all, is skipped, not summed"
         return self._fast() if self.mode == "fast" else self._exact(head.exponents)
 
     def _fast(self) -> list[Tensor]:

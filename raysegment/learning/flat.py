@@ -60,9 +60,10 @@ class Statistics:
     """The running means and variances of all batch norms as one vector `values` (S,).
 
     In training every micro-batch is normalised by its own statistics; the running ones change once per step, by the
-    mean over the step's micro-batches: running ← (1 − momentum) · running + momentum · mean. With `collecting()` the
-    norms write the plain statistics of a micro-batch into `values` (their momentum is 1 meanwhile), from where the step
-    takes them; `num_batches_tracked` counts steps.
+    mean over the step's micro-batches, each weighing as many usable tiles as it has:
+    running ← (1 − momentum) · running + momentum · mean. While this is entered the norms write the plain statistics of a
+    micro-batch into `values` (their momentum is 1 meanwhile), from where the step takes them; `num_batches_tracked` counts
+    steps.
     """
 
     def __init__(self, network: nn.Module):

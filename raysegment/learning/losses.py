@@ -1,7 +1,7 @@
 """The loss per pixel: cross-entropy weighted by how rare a class is, with focal and soft-Jaccard terms as choices.
 
-Everything is float32, whatever the network computed in. All losses are means over the pixels of a micro-batch, so the
-mean over the micro-batches of a step does not depend on who computed which.
+Everything is float32, whatever the network computed in. All losses are means over the pixels of a micro-batch's usable
+tiles, so the mean over the micro-batches of a step, each weighing its number of them, does not depend on who computed which.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def weighted_cross_entropy(logits: Tensor, mask: Tensor, weights: Tensor, focal_
     """Σ w(y) (1 − p(y))^γ (−log p(y)) / pixels, a scalar.
 
     logits (B, K, H, W) any float type; mask (B, H, W) integers; weights (K,) float32. The divisor is the number of pixels
-    and not the sum of their weights: it is the same for every micro-batch. γ: Lin et al. 2017, eq. 4.
+    and not the sum of their weights: it is the same for every micro-batch of B tiles. γ: Lin et al. 2017, eq. 4.
     """
     scores = logits.float()
     truth = mask.long()

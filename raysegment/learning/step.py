@@ -6,6 +6,9 @@
 
 A step that is interrupted before it commits (a member died during the exchange) leaves no trace and can be run again,
 in another world. All randomness is keyed by (seed, position).
+
+A position whose tile is damaged is consumed and teaches nothing: networks see the usable tiles alone, and loss, gradient and
+statistics are means over the usable tiles of the whole step, each micro-batch weighing as many as it has.
 """
 
 from __future__ import annotations
@@ -38,13 +41,17 @@ _LARGEST_SCALE, _GROWTH_STEPS = 2.0**16, 1000  # float16 loss scale: at most, an
 class LearnConfig:
     """How a network learns. `global_batch` tiles per step, computed `micro_batch` at a time; all else has its own page.
 
-    `lag` 1 applies the gradient of the step before. `exchange`: "exact" (same bits in any world), "exact64", "fast".
-    `compile`: network and loss go through torch.compile, on GPUs into CUDA graphs; on CPUs it needs a C++ compiler and
-    minutes. `checkpointing`: less memory for up to a third more arithmetic, and the same bits.
+    `window_tiles` 0 shuffles all tiles of an epoch; otherwise so many at a time, a choice for shards that are fetched
+    through a cache smaller than they are. `lag` 1 applies the gradient of the step before. `exchange`: "exact" (same bits
+    in any world), "exact64", "fast". `compile`: network and loss go through torch.compile, on GPUs into CUDA graphs; on
+    CPUs it needs a C++ compiler and minutes, and wherever it is used, once more for a micro-batch with a number of usable
+    tiles that has not been met.
+    `checkpointing`: less memory for up to a third more arithmetic, and the same bits.
     """
 
     global_batch: int = 8
     micro_batch: int = 2
+    window_tiles: int = 0
     precision: str = "bf16"
     lag: int = 0
     exchange: str = "exact"
@@ -60,6 +67,8 @@ class LearnConfig:
         choose("learn.exchange", self.exchange, MODES)
         if self.lag not in (0, 1):
             raise ValueError(f"learn.lag: expected 0 or 1, got {self.lag}")
+        if self.window_tiles < 0:
+            raise ValueError(f"learn.window_tiles: expected 0 or more, got {self.window_tiles}")
         if self.micro_batch < 1 or self.global_batch < 1 or self.global_batch % self.micro_batch:
             raise ValueError(
                 f"learn: expected a global_batch that divides by micro_batch, got {self.global_batch} and {self.micro_batch}"
@@ -72,10 +81,11 @@ class LearnConfig:
 
 @dataclass(frozen=True)
 class StepInfo:
-    """What happened in a step. Equal on all members but for the seconds; `loss` is the mean over the global batch.
+    """What happened in a step. Equal on all members but for the seconds; `loss` is the mean over the step's usable tiles.
 
-    `skipped`: somebody's gradient was not finite, and all went on without this one. `grad_norm` is that of the mean
-    gradient before clipping. `signals` is the sum of what members said with `run(…, signal=…)`.
+    `samples` tiles were learnt from, `quarantined` positions had none; together they are the global batch. `skipped`:
+    somebody's gradient was not finite, or no tile was usable, and all went on without this one. `grad_norm` is that of the
+    mean gradient before clipping. `signals` is the sum of what members said with `run(…, signal=…)`.
     """
 
     step: int
@@ -89,6 +99,7 @@ class StepInfo:
     lr: float
     skipped: bool
     signals: int = 0
+    quarantined: int = 0
 
 
 def initialise(config: NetworkConfig, seed: int) -> nn.Module:
@@ -168,11 +179,11 @@ class Learner:
         head.check_order(self.config.global_batch)
         gradient, statistics = self._mean(exchange, head)
         exchanged = time.perf_counter()
-        grad_norm, lr = self._commit(gradient, statistics)
+        grad_norm, lr = self._commit(gradient, statistics, head)
         return StepInfo(
             step=item.step,
             loss=head.loss,
-            samples=head.samples,
+            samples=head.used,
             load_s=item.load_s,
             compute_s=computed - started,
             exchange_s=exchanged - computed,
@@ -181,21 +192,25 @@ class Learner:
             lr=lr,
             skipped=gradient is None,
             signals=head.signals,
+            quarantined=head.positions - head.used,
         )
 
     def _compute(self, micro: MicroBatch, cursor: int, exchange: Exchange) -> None:
-        """Gradient, statistics and loss of one micro-batch, handed to the exchange."""
-        positions = micro.positions.tolist()
+        """Gradient, statistics and loss of one micro-batch's usable tiles, handed to the exchange."""
+        positions, used = micro.positions.tolist(), micro.used
+        offsets = [position - cursor for position in positions]
+        if not used:  # normalisation has no statistics of nothing
+            exchange.pass_over(offsets)
+            return
         self.flat.grads.zero_()
         self.statistics.values.zero_()
         fields, mask = self.prepare(micro)
-        torch.manual_seed(key(self.config.seed, positions[0]))  # dropout
+        torch.manual_seed(key(self.config.seed, positions[0]))  # dropout; of the first position, usable or not
         value = self._objective(fields, mask)
         (value * self.scale.value).backward()
         if self.scale.value != 1.0:
             self.flat.grads /= self.scale.value
-        offsets = [position - cursor for position in positions]
-        exchange.add([self.flat.grads, self.statistics.values], offsets, value.item())
+        exchange.add([self.flat.grads, self.statistics.values], offsets, value.item(), used)
 
     def objective(self, fields: Tensor, mask: Tensor) -> Tensor:
         """The loss of normalised fields (m, C, H, W), a float32 scalar."""
@@ -204,7 +219,8 @@ class Learner:
         return loss(logits, mask, self.weights, self.config.loss)
 
     def prepare(self, micro: MicroBatch) -> tuple[Tensor, Tensor]:
-        """Normalised and varied fields (m, C, H, W) float32 and mask (m, H, W) on the device."""
+        """Normalised and varied fields (u, C, H, W) float32 and mask (u, H, W) of the u usable tiles, on the device."""
+        micro = micro.only_usable()
         fields = self.normaliser.tiles(micro.fields.to(self.device, non_blocking=True))
         mask = micro.mask.to(self.device, non_blocking=True)
         config = self.config
@@ -216,15 +232,16 @@ class Learner:
         return torch.autocast(self.device.type, dtype) if dtype is not None else nullcontext()
 
     def _mean(self, exchange: Exchange, head: Head) -> tuple[Tensor | None, Tensor | None]:
-        """Mean gradient and mean statistics over the micro-batches of the world; (None, None) where one is not finite."""
-        if not head.finite:
+        """Mean gradient and statistics over the usable tiles of the world; (None, None) without any, or if not finite."""
+        if not head.summable:
             return None, None
-        gradient, statistics = (total.div_(self.config.micro_batches) for total in exchange.body(head))
+        whole = head.used / self.config.micro_batch  # Σ u/m over the micro-batches: their number, where no tile is damaged
+        gradient, statistics = (total.div_(whole) for total in exchange.body(head))
         if self.config.exchange == "fast" and not bool(torch.isfinite(gradient.sum())):  # a sum can overflow
             return None, None
         return gradient, statistics
 
-    def _commit(self, gradient: Tensor | None, statistics: Tensor | None) -> tuple[float, float]:
+    def _commit(self, gradient: Tensor | None, statistics: Tensor | None, head: Head) -> tuple[float, float]:
         """Change the weights; returns the norm of this step's gradient and the learning rate."""
         norm = float(torch.linalg.vector_norm(gradient)) if gradient is not None else float("nan")
         due = gradient
@@ -234,7 +251,7 @@ class Learner:
             self.optimizer.apply(due, self.step)
         if statistics is not None:
             self.statistics.update(statistics)
-        if self.config.precision == "fp16":
+        if self.config.precision == "fp16" and head.used:  # a step without a tile says nothing about overflow
             self.scale.update(skipped=gradient is None)
         rate = learning_rate(self.step, self.config.optim)
         self.step += 1
