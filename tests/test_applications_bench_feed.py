@@ -56,7 +56,7 @@ def children(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.ray
 @pytest.mark.parametrize("world", [1, 2])
-@pytest.mark.parametrize("name", MODULES)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name == "ray_parquet")) for name in MODULES])
 @pytest.mark.usefixtures("children")
 def test_every_reader_delivers_every_tile_once(name: str, world: int, source: Path, tmp_path: Path) -> None:
     ready(name)

@@ -230,7 +230,7 @@ KEY, SECRET = "AKIAEXAMPLE", "wJalr/XUtn+FEMI"
     ],
 )
 def test_secrets_are_not_printed(text: str) -> None:
-    said = [str(Place(text)), repr(Place(text)), Place(text)._shown("part"), f"{Place(text)}"]
+    said = [str(Place(text)), repr(Place(text)), Place(text).shown("part"), f"{Place(text)}"]
     try:
         Place.of(text)
     except BadInput as error:
@@ -243,7 +243,7 @@ def test_secrets_are_not_printed(text: str) -> None:
 
 
 def test_a_name_is_shown_in_front_of_the_options() -> None:
-    assert Place("s3://tiles/a?region=eu-west-1")._shown("part") == "s3://tiles/a/part?region=eu-west-1"
+    assert Place("s3://tiles/a?region=eu-west-1").shown("part") == "s3://tiles/a/part?region=eu-west-1"
     assert str(Place("abfs://tiles@account.dfs.core.windows.net/a@b")) == "abfs://tiles@account.dfs.core.windows.net/a@b"
 
 
@@ -302,7 +302,7 @@ def test_a_server_that_stays_busy_keeps_what_it_had(times: int, tmp_path: Path, 
         error = given_up(place, CONTENT * times)
     assert faults.fired >= 6
     assert waits == [0.5, 1, 2, 4, 8]
-    assert error.__notes__ == [f"{place._shown('part')}: given up after 6 attempts"]
+    assert error.__notes__ == [f"{place.shown('part')}: given up after 6 attempts"]
     assert place.names() == ["part"]
     assert place.read("part") == b"before"
 
@@ -313,7 +313,7 @@ def test_a_bucket_that_does_not_exist_is_told(object_store: str, tmp_path: Path)
     assert place.names() == []
     with pytest.raises(BadInput, match="a bucket that exists") as caught:
         write(place, "part")
-    assert caught.value.where == place._shown("part")
+    assert caught.value.where == place.shown("part")
 
 
 @pytest.mark.parametrize("method", ["HEAD", "GET", "PUT"])
@@ -327,7 +327,7 @@ def test_a_server_that_forbids_is_asked_once(method: str, tmp_path: Path, s3_ser
         write(place, "part") if method == "PUT" else place.read("part")
     assert faults.fired == 1
     assert waits == []
-    assert caught.value.where == place._shown("part")
+    assert caught.value.where == place.shown("part")
 
 
 @pytest.mark.usefixtures("hasty")

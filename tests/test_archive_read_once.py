@@ -145,6 +145,23 @@ def test_what_is_needed_is_less_than_the_file_where_it_holds_more(tmp_path):
 
 
 @needs_counts
+def test_between_small_maps_nothing_is_read(tmp_path):
+    """Maps of 42 kB, two of eight levels, without chunks: what lies between them stays where it is."""
+    values = np.random.default_rng(0).random((4, 8, 73, 144), np.float32)
+    with netCDF4.Dataset(tmp_path / "x.nc", "w") as data:
+        for name, size in zip("tzyx", values.shape, strict=True):
+            data.createDimension(name, size)
+        data.createVariable("v", "f4", tuple("tzyx"))[:] = values
+    held, meter = open_dataset(tmp_path / "x.nc"), ReadMeter()
+    with meter.counting():
+        for time, level in ((time, level) for time in range(4) for level in (2, 5)):
+            got = held.variables["v"].read(np.s_[time : time + 1, level : level + 1, :73, :144], np.empty((1, 1, 73, 144), "f4"))
+            np.testing.assert_array_equal(got[0, 0], values[time, level])
+    held.close()
+    assert meter.bytes_read <= values.nbytes / 4 + 1000
+
+
+@needs_counts
 def test_masks_are_read_once(tmp_path):
     masks = (np.random.default_rng(0).random((5, *GRID.shape)) < 0.5).astype(np.uint8)
     with open_source(several_times(tmp_path / "x.nc")) as source:

@@ -119,6 +119,17 @@ def test_steps_follow_from_epochs_and_the_schedule_from_steps(tmp_path):
         TrainConfig(**{**resolved.__dict__, "steps": 5}).resolved(manifest)
 
 
+def test_a_window_is_whole_shards_and_part_of_what_a_run_is(tmp_path):
+    manifest = Manifest.load(write_shards(tmp_path / "s"))  # one shard of eleven tiles
+    one = config(tmp_path / "s", tmp_path)
+    orders = [replace(one, window_tiles=tiles).order(manifest) for tiles in (0, 5, 30)]
+    assert [(order.window, order.block) for order in orders] == [(0, 1), (11, 11), (22, 11)]
+    assert orders[0].tile(3) != orders[1].tile(3) or orders[0].tile(4) != orders[1].tile(4)
+    assert identity(replace(one, window_tiles=5)) != identity(one)
+    with pytest.raises(ValueError, match="window_tiles"):
+        replace(one, window_tiles=-1)
+
+
 @pytest.mark.parametrize("periodic", [True, False])
 def test_only_tiles_that_close_the_circle_are_rolled(tmp_path, periodic):
     write_shards(tmp_path / "s")

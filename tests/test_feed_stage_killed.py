@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 
+from raysegment.feed.part import PARTS
 from tests.small_archive import write_archive
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs /proc to find the processes of a run")
@@ -28,7 +29,7 @@ def made(out: Path) -> dict[str, str]:
 
 def finished_parts(out: Path) -> dict[str, int]:
     """Time of change of each shard whose record is there."""
-    records = (out / "parts").glob("part-*.json")
+    records = (out / PARTS).glob("part-*.json")
     return {f"{path.stem}.arrow": (out / f"{path.stem}.arrow").stat().st_mtime_ns for path in records}
 
 
@@ -77,7 +78,7 @@ AT_EVERY_STEP = """
     for number in range(1, steps + 1):
         out = folder / f"killed-{number:03d}"
         assert run(out, number) == signal.SIGKILL, number
-        records = {path.stem for path in (out / "parts").glob("part-*.json")}
+        records = {path.stem for path in (out / PARTS).glob("part-*.json")}
         before = {name: (out / f"{name}.arrow").stat().st_mtime_ns for name in records}
         assert not (out / "manifest.json").exists() or number >= steps - 1, number  # the last: what follows its renaming
         assert run(out, 10**9) == 0
@@ -143,44 +144,45 @@ def run_to_the_end(archive: Path, out: Path) -> dict:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def run_and_kill(archive: Path, out: Path, after_s: float) -> bool:
-    """False when the run was over before its time."""
+def run_and_kill(archive: Path, out: Path, parts: int, after_s: float) -> bool:
+    """Kill a run `after_s` after it has made so many parts; False when it was over before."""
     run = subprocess.Popen(command(archive, out), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + after_s
+    while len(list((out / PARTS).glob("part-*.json"))) < parts:
+        if run.poll() is not None:
+            return False
+        time.sleep(0.001)  # polls a condition
     try:
-        run.wait(max(0.0, deadline - time.monotonic()))
+        run.wait(after_s)
     except subprocess.TimeoutExpired:
         kill_all(run)
         return True
     return False
 
 
-def trials(tmp_path: Path, count: int) -> int:
-    """How many of `count` runs were killed, at times spread over the whole of a run; each is checked after its second run."""
-    archive = tmp_path / "archive"
-    write_archive(archive, 40, 96, 144)
-    started = time.monotonic()
-    whole = run_to_the_end(archive, tmp_path / "whole")
-    duration_s, wanted, killed, clock = time.monotonic() - started, made(tmp_path / "whole"), 0, random.Random(0)
+def trials(tmp_path: Path, count: int) -> tuple[int, int]:
+    """How many of `count` runs were killed, in the midst of 20 parts, and how many parts they had made by then in all."""
+    archive, clock = tmp_path / "archive", random.Random(0)
+    write_archive(archive, 160, 96, 144)
+    run_to_the_end(archive, tmp_path / "whole")
+    wanted, killed, found = made(tmp_path / "whole"), 0, 0
     for number in range(count):
         out = tmp_path / f"killed-{number}"
-        killed += run_and_kill(archive, out, duration_s * (number + clock.random()) / count)
-        before = finished_parts(out) if out.exists() else {}
+        killed += run_and_kill(archive, out, round(18 * number / max(1, count - 1)), clock.uniform(0, 0.15))
+        before = finished_parts(out)
+        found += len(before)
         report = run_to_the_end(archive, out)
         assert made(out) == wanted, number
         assert report["parts_reused"] >= len(before), number
         assert {name: (out / name).stat().st_mtime_ns for name in before} == before, number
-        assert report["tiles"] == whole["tiles"] == 40
-    return killed
-
-
-@pytest.mark.ray
-def test_killed_somewhere(tmp_path):
-    assert trials(tmp_path, 1) <= 1
+        assert report["tiles"] == 160
+    return killed, found
 
 
 @pytest.mark.ray
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 def test_killed_at_many_times(tmp_path):
-    assert trials(tmp_path, 20) >= 15
+    killed, found = trials(tmp_path, 20)
+    print(f"{killed} of 20 runs killed, {found} parts made by then")
+    assert killed >= 15
+    assert found >= 100

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from raysegment.archive.classic import expected_bytes
+from raysegment.archive.classic import Header, read_header
 from raysegment.climate.checks import BadInput
 
 _HDF5 = b"\x89HDF\r\n\x1a\n"
@@ -41,33 +41,33 @@ def fsync(path: Path) -> None:
 
 
 def container(path: str | Path) -> str:
-    """`hdf5` (also netCDF-4) or `classic` (netCDF-3), by the file's first bytes; BadInput when it is neither or cut short."""
+    """`hdf5` (also netCDF-4) or `classic` (netCDF-3), by the file's first bytes; BadInput when it is neither."""
     path = Path(path)
     if path.is_dir():
         raise BadInput(path, "a netCDF or HDF5 file", "a folder", "Name a file inside it")
     try:
-        with path.open("rb") as file:
+        with path.open("rb", buffering=0) as file:  # a buffer would be filled: kB, on some file systems MiB
             head = file.read(8)
     except OSError as error:
         raise BadInput(path, "a readable netCDF or HDF5 file", error.strerror or error, "Check the name and the rights") from None
     if head == _HDF5:
         return "hdf5"
     if head[:4] in _CLASSIC:
-        _check_length(path)
         return "classic"
     got = "an empty file" if not head else f"a file that begins with {head!r}"
     raise BadInput(path, "a netCDF or HDF5 file", got, f"{_COPY_AGAIN}, or convert it to netCDF")
 
 
-def _check_length(path: Path) -> None:
-    """Raise when a netCDF-3 file ends before its last variable does."""
+def classic_header(path: Path) -> Header:
+    """The header of a netCDF-3 file; BadInput when it is damaged or the file ends before its last variable does."""
     have = path.stat().st_size
     try:
-        want = expected_bytes(path)
+        header = read_header(path)
     except (EOFError, ValueError) as error:
         raise BadInput(path, "a whole netCDF file", f"{have} bytes: {error}", _COPY_AGAIN) from None
-    if have < want:
-        raise BadInput(path, f"a whole netCDF file of {want} bytes", f"{have} bytes", f"{_COPY_AGAIN}: it is cut short")
+    if have < header.end:
+        raise BadInput(path, f"a whole netCDF file of {header.end} bytes", f"{have} bytes", f"{_COPY_AGAIN}: it is cut short")
+    return header
 
 
 def damaged(path: str | Path, error: Exception) -> BadInput:

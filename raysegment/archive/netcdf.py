@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from itertools import chain
 from pathlib import Path
 
 import h5py
@@ -69,8 +70,8 @@ class NetcdfFile:
         """The 1-D coordinate with one of the usual names, else with the attributes."""
         data = self._data.variables
         named = [data[name] for name in names if name in data]
-        known = [v for v in data.values() if text(v, "standard_name") == standard_name or text(v, "units") == unit]
-        found = next((v for v in named + known if len(v.shape) == 1), None)
+        known = (v for v in data.values() if text(v, "standard_name") == standard_name or text(v, "units") == unit)
+        found = next((v for v in chain(named, known) if len(v.shape) == 1), None)
         if found is not None:
             return found
         got = "none" if not named else f"{named[0].name}{named[0].dimensions}, {len(named[0].shape)} dimensions"

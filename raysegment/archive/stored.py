@@ -1,23 +1,26 @@
-"""A netCDF file as its variables on named dimensions, whichever library reads it: HDF5 for netCDF-4, netCDF for netCDF-3.
+"""A netCDF file as its variables on named dimensions: netCDF-4 through HDF5, netCDF-3 by the places its header states.
 
-The netCDF library reads 4 MiB merely to recognise a file and keeps up to 64 MiB of chunks for each variable; read through
-HDF5 itself a netCDF-4 file costs its metadata and the chunks that are asked for.
+The netCDF library reads 4 MiB merely to recognise a file and keeps up to 64 MiB of chunks for each variable; without it a
+netCDF-4 file costs its metadata and the chunks that are asked for, a netCDF-3 file its header and the values.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from functools import cached_property
+from io import FileIO
+from itertools import product
 from math import prod
 from pathlib import Path
 from typing import Any, Protocol
 
 import h5py
-import netCDF4
 import numpy as np
 from numpy.typing import NDArray
 
-from raysegment.archive.files import container, damaged
+from raysegment.archive.classic import Layout
+from raysegment.archive.files import classic_header, container, damaged
 from raysegment.archive.inflate import inflate
 from raysegment.archive.packing import Packing
 
@@ -25,6 +28,7 @@ BROKEN = (OSError, RuntimeError, KeyError, UnicodeDecodeError)  # what the libra
 _HIDDEN = "This is a netCDF dimension but not a netCDF variable"  # how netCDF-4 marks a dimension without values
 _RENAMED = "_nc4_non_coord_"  # put before the name of a variable that is named like a dimension and is none
 _CHUNK_CACHE = 1 << 20  # bytes per variable: what is read is read by whole chunks
+_SIEVE = 4096  # bytes read at once of a variable without chunks; the library's 64 KiB reach into maps that nobody asked for
 
 
 class Stored(Protocol):
@@ -91,9 +95,19 @@ def open_dataset(path: Path, file: h5py.File | None = None) -> Dataset:
 def open_hdf5(path: Path) -> h5py.File:
     """An HDF5 file to read from; BadInput when it is damaged."""
     try:
-        return h5py.File(path, "r", rdcc_nbytes=_CHUNK_CACHE)
+        return h5py.File(h5py.h5f.open(os.fsencode(path), h5py.h5f.ACC_RDONLY, _access()))
     except BROKEN as error:
         raise damaged(path, error) from None
+
+
+def _access() -> h5py.h5p.PropFAID:
+    """As h5py opens files, but for the sizes of the buffers."""
+    access = h5py.h5p.create(h5py.h5p.FILE_ACCESS)
+    access.set_fclose_degree(h5py.h5f.CLOSE_STRONG)
+    access.set_sieve_buf_size(_SIEVE)
+    elements, slots, _, preemption = access.get_cache()
+    access.set_cache(elements, slots, _CHUNK_CACHE, preemption)
+    return access
 
 
 def text(holder: Stored | Dataset, name: str) -> str:
@@ -112,15 +126,13 @@ class ClassicDataset:
     """A netCDF-3 file (also the 64-bit kinds)."""
 
     def __init__(self, path: Path):
-        self._data = netCDF4.Dataset(str(path))
-        self._data.set_auto_maskandscale(False)
-        self.variables: Mapping[str, Stored] = {v.name: ClassicVariable(v) for v in self._data.variables.values()}
-        self.sizes = {name: dimension.size for name, dimension in self._data.dimensions.items()}
-        self.attributes = {name: self._data.getncattr(name) for name in self._data.ncattrs()}
+        header = classic_header(path)
+        self._file = FileIO(path)
+        self.variables: Mapping[str, Stored] = {layout.name: ClassicVariable(layout, self._file) for layout in header.variables}
+        self.sizes, self.attributes = header.sizes, header.attributes
 
     def close(self) -> None:
-        if self._data.isopen():
-            self._data.close()
+        self._file.close()
 
 
 class ClassicVariable:
@@ -128,27 +140,70 @@ class ClassicVariable:
 
     chunks: tuple[int, ...] | None = None
 
-    def __init__(self, variable: netCDF4.Variable):
-        self._variable, self.name = variable, variable.name
-        self.dtype, self.dimensions, self.shape = variable.dtype, variable.dimensions, variable.shape
+    def __init__(self, layout: Layout, file: FileIO):
+        self._layout, self._file, self.name = layout, file, layout.name
+        self.dtype, self.dimensions, self.shape = layout.dtype.newbyteorder("="), layout.dimensions, layout.shape
 
     @cached_property
     def attributes(self) -> Mapping[str, Any]:
-        return {name: self._variable.getncattr(name) for name in self._variable.ncattrs()}
+        return self._layout.attributes
 
     @cached_property
     def packing(self) -> Packing:
-        return Packing.of(np.dtype(self.dtype), self.attributes, self._variable.get_fill_value() is not None)
+        return Packing.of(self.dtype, self.attributes, prefilled=True)  # the header does not say that it was not
 
     def read(self, where: tuple = (), into: NDArray | None = None) -> NDArray:
-        values = np.asarray(self._variable[where or ...])
-        if into is None:
-            return values
-        into[...] = values
-        return into
+        if into is not None:
+            return self._fetch(where, into)
+        rest = (slice(None),) * (len(self.shape) - len(where))
+        parts = [_covering(part, size) for part, size in zip((*where, *rest), self.shape, strict=True)]
+        box, inside = tuple(part[0] for part in parts), tuple(part[1] for part in parts)
+        return np.asarray(self._fetch(box, np.empty([part.stop - part.start for part in box], self.dtype))[inside])
 
     def stored_bytes(self, box: tuple[slice, ...]) -> int:
-        return prod(part.stop - part.start for part in box) * np.dtype(self.dtype).itemsize
+        return prod(part.stop - part.start for part in box) * self.dtype.itemsize
+
+    def _fetch(self, box: tuple[slice, ...], into: NDArray) -> NDArray:
+        """The values in the box, each piece that lies together in the file fetched at once."""
+        outer, piece = self._pieces(into.shape)
+        if into.size:
+            rest = into.reshape(-1).view(np.uint8).data
+            first = self._layout.begin + self._steps(tuple(part.start for part in box[outer:]), outer)
+            for indices in product(*(range(part.start, part.stop) for part in box[:outer])):
+                self._fill(rest[:piece], first + self._steps(indices, 0))
+                rest = rest[piece:]
+        return into if self._layout.dtype.isnative else into.byteswap(inplace=True)
+
+    def _pieces(self, lengths: tuple[int, ...]) -> tuple[int, int]:
+        """How many leading dimensions of a box must be gone through one by one, and the bytes that lie together below them."""
+        outer, piece = len(lengths), self.dtype.itemsize
+        while outer and (self._layout.strides[outer - 1] == piece or lengths[outer - 1] == 1):
+            outer -= 1
+            piece *= lengths[outer]
+        return outer, piece
+
+    def _steps(self, indices: tuple[int, ...], dimension: int) -> int:
+        """Bytes between the first value and the one at `indices`, which begin with this dimension's."""
+        return sum(index * stride for index, stride in zip(indices, self._layout.strides[dimension:], strict=False))
+
+    def _fill(self, target: memoryview, begin: int) -> None:
+        self._file.seek(begin)
+        while target:
+            got = self._file.readinto(target)
+            if not got:
+                raise OSError("the file ends before its values do")
+            target = target[got:]
+
+
+def _covering(part: slice | int, size: int) -> tuple[slice, slice | int]:
+    """The indices without gaps that hold those asked for, and where the latter are among them."""
+    asked = range(size)[part]
+    if isinstance(asked, int):
+        return slice(asked, asked + 1), 0
+    if not asked:
+        return slice(0, 0), slice(None)
+    low, high = sorted((asked[0], asked[-1]))
+    return slice(low, high + 1), slice(None, None, asked.step)
 
 
 # netCDF-4 ---------------------------------------------------------------------------------------------------------
@@ -162,7 +217,8 @@ class Hdf5Dataset:
         try:
             held = {name: item for name, item in file.items() if isinstance(item, h5py.Dataset)}
             self._unnamed: list[tuple[str, int]] = []
-            numbers = {name: item.attrs.get("_Netcdf4Dimid") for name, item in held.items()}
+            scales = {name: item for name, item in held.items() if "CLASS" in item.attrs}  # the others only lie on dimensions
+            numbers = {name: scale.attrs.get("_Netcdf4Dimid") for name, scale in scales.items()}
             self._by_number = {int(number): name for name, number in numbers.items() if number is not None}
             every = [Hdf5Variable(name.removeprefix(_RENAMED), item, self._dimensions(name, item)) for name, item in held.items()]
             self.variables: Mapping[str, Stored] = {variable.name: variable for variable in every if not variable.hidden}
@@ -184,13 +240,16 @@ class Hdf5Dataset:
         return sizes
 
     def _dimensions(self, name: str, item: h5py.Dataset) -> tuple[str, ...]:
-        """Names of a variable's dimensions: the scales attached to it; a scale's own name; else by number or length."""
+        """Names of a variable's dimensions: by number; the scales attached to it; a scale's own name; else by length.
+
+        The numbers come first, as in the netCDF library: they are beside the variable, the list of scales is elsewhere.
+        """
+        numbers = [int(number) for number in np.atleast_1d(item.attrs.get("_Netcdf4Coordinates", []))]
+        if item.ndim == len(numbers) > 1 and all(number in self._by_number for number in numbers):
+            return tuple(self._by_number[number] for number in numbers)
         scales = [self._file[refs[0]].name if len(refs) else None for refs in np.atleast_1d(item.attrs.get("DIMENSION_LIST", []))]
         if scales and all(scales):
             return tuple(str(scale).rsplit("/", 1)[-1] for scale in scales)
-        numbers = np.atleast_1d(item.attrs.get("_Netcdf4Coordinates", []))
-        if item.ndim == numbers.size > 1:
-            return tuple(self._by_number[int(number)] for number in numbers)
         if item.attrs.get("CLASS") == b"DIMENSION_SCALE" and item.ndim == 1:
             return (name,)
         return self._by_length(item.shape)

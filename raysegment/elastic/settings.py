@@ -39,10 +39,12 @@ class TrainConfig:
     """A training run: `shards` to learn from, the run folder `out`, how long, with how many workers, what and how.
 
     `channels` are those that the network reads, in this order; none named means all 16. Shards always hold all 16.
-    `steps` or, where it is 0, `epochs` says how long; the learning-rate schedule spans exactly that. `cpus_per_worker`
-    CPUs are reserved for each worker, which computes with as many threads. `timeout_s` is how long a collective may hang
-    before the group starts again; `max_failures` bounds restarts (−1: no bound), `max_fruitless` those in a row without
-    one new step. `chaos` injects faults: "kill@step=12,member=1; kill@step=20,member=0".
+    `steps` or, where it is 0, `epochs` says how long; the learning-rate schedule spans exactly that. `window_tiles` 0
+    mixes all tiles of an epoch; otherwise so many at a time, for shards that come through a cache smaller than they are,
+    which then reads each of them once per epoch. `cpus_per_worker` CPUs are reserved for each worker, which computes with
+    as many threads. `timeout_s` is how long a collective may hang before the group starts again; `max_failures` bounds
+    restarts (−1: no bound), `max_fruitless` those in a row without one new step. `chaos` injects faults:
+    "kill@step=12,member=1; kill@step=20,member=0".
     """
 
     shards: str = ""
@@ -51,6 +53,7 @@ class TrainConfig:
     channels: tuple[str, ...] = ()
     steps: int = 0
     epochs: float = 10.0
+    window_tiles: int = 0
     workers: int = 1
     cpus_per_worker: float = 1.0
     device: str = "auto"
@@ -69,6 +72,8 @@ class TrainConfig:
             raise ValueError(f"device: expected one of {', '.join(DEVICES)}, got {self.device!r}")
         if self.steps < 0 or (self.steps == 0 and self.epochs <= 0):
             raise ValueError(f"steps or epochs: expected one of them above 0, got {self.steps} and {self.epochs}")
+        if self.window_tiles < 0:
+            raise ValueError(f"window_tiles: expected 0 or more, got {self.window_tiles}")
         if self.workers < 1 or self.cpus_per_worker <= 0:
             raise ValueError(f"workers, cpus_per_worker: expected more than 0, got {self.workers} and {self.cpus_per_worker}")
         if self.max_failures < -1 or self.max_fruitless < 1 or self.timeout_s <= 0:
@@ -104,9 +109,9 @@ class TrainConfig:
     def order(self, manifest: Manifest) -> Order:
         """The order of tiles; the tiles of a shard enter a window together, which is at least one shard wide."""
         learn, block = self.learn, max(shard.tiles for shard in manifest.shards)
-        if not learn.window_tiles:
+        if not self.window_tiles:
             return Order(manifest.tiles, learn.global_batch, learn.micro_batch, learn.seed)
-        window = max(1, learn.window_tiles // block) * block
+        window = max(1, self.window_tiles // block) * block
         return Order(manifest.tiles, learn.global_batch, learn.micro_batch, learn.seed, window, block)
 
     def _network(self, manifest: Manifest) -> NetworkConfig:

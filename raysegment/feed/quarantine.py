@@ -67,8 +67,10 @@ class Quarantine:
         self._check()
 
     def add(self, case: Case) -> None:
-        """Record a damaged tile; BadInput when the run bears no more of them."""
+        """Record a damaged tile, unless it is known already; BadInput when the run bears no more of them."""
         with self._lock:
+            if self.excludes(case.tile, case.position):
+                return
             if self.path is not None:
                 self.path.parent.mkdir(parents=True, exist_ok=True)
                 _append(self.path, f"\n{json.dumps(asdict(case))}\n")

@@ -6,12 +6,15 @@ has one lock for a whole process, so each task reads alone in its process. The t
 the manifest's bytes depend neither on the number of processes nor on the order in which they finish.
 
 Each byte of the source's variables is read once: `bytes_read` is counted by the operating system, `source_bytes` are
-those that the files have for the variables and labels needed. What is read besides is metadata, some 20 to 100 kB a file:
-much beside a file of a few hundred kB, below 1 % of one map of 768 x 1152 cells.
+those that the files have for the variables and labels needed. What is read besides is metadata: of an HDF5 file some 20 to
+100 kB (about 3 kB of it the index of each chunked variable), of its mask file 20 kB, of a classic netCDF file its header of
+a few kB; and the first file's once more, for its grid. That is much beside a file of a few hundred kB, below 1 % of 16 maps
+of 768 x 1152 cells.
 
 Memory of a task, with n cells in a map: 64 n bytes of fields, 3 x 33 n of tiles packed and being written, one chunk of a
-variable unpacked, and where chunks span several times or levels up to `memory_mib` of maps that are wanted later (those
-beyond lie in a temporary file, in the folder that TMPDIR names). It does not grow with the number of times or files.
+variable unpacked, and where chunks span several times or levels up to `memory_mib` of maps that are wanted later, and of
+masks from files a sixteenth of that besides (those beyond lie in temporary files, in the folder that TMPDIR names). It does
+not grow with the number of times or files.
 
 Statistics are of the tiles: a cell that several tiles have (a halo, the last row of tiles) counts in each of them, as it
 does in training.

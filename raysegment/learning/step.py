@@ -41,8 +41,7 @@ _LARGEST_SCALE, _GROWTH_STEPS = 2.0**16, 1000  # float16 loss scale: at most, an
 class LearnConfig:
     """How a network learns. `global_batch` tiles per step, computed `micro_batch` at a time; all else has its own page.
 
-    `window_tiles` 0 shuffles all tiles of an epoch; otherwise so many at a time, a choice for shards that are fetched
-    through a cache smaller than they are. `lag` 1 applies the gradient of the step before. `exchange`: "exact" (same bits
+    `lag` 1 applies the gradient of the step before. `exchange`: "exact" (same bits
     in any world), "exact64", "fast". `compile`: network and loss go through torch.compile, on GPUs into CUDA graphs; on
     CPUs it needs a C++ compiler and minutes, and wherever it is used, once more for a micro-batch with a number of usable
     tiles that has not been met.
@@ -51,7 +50,6 @@ class LearnConfig:
 
     global_batch: int = 8
     micro_batch: int = 2
-    window_tiles: int = 0
     precision: str = "bf16"
     lag: int = 0
     exchange: str = "exact"
@@ -67,8 +65,6 @@ class LearnConfig:
         choose("learn.exchange", self.exchange, MODES)
         if self.lag not in (0, 1):
             raise ValueError(f"learn.lag: expected 0 or 1, got {self.lag}")
-        if self.window_tiles < 0:
-            raise ValueError(f"learn.window_tiles: expected 0 or more, got {self.window_tiles}")
         if self.micro_batch < 1 or self.global_batch < 1 or self.global_batch % self.micro_batch:
             raise ValueError(
                 f"learn: expected a global_batch that divides by micro_batch, got {self.global_batch} and {self.micro_batch}"
