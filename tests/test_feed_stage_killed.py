@@ -39,7 +39,7 @@ AT_EVERY_STEP = """
     import torch
     from raysegment.archive.shards import ShardWriter
     from raysegment.feed import stage as module
-    from raysegment.feed.part import make_part
+    from raysegment.feed.part import PARTS, make_part
 
     archive, folder = Path(sys.argv[1]), Path(sys.argv[2])
     torch.set_num_threads(1)
