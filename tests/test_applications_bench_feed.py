@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parents[1]
 TINY = FeedBenchConfig(height=16, width=32, tiles=6, repeats=1)
 OPTIONAL = {"webdataset": "webdataset", "litdata": "litdata", "mosaic": "streaming"}
 WORDS = ["bench", "feed", "height=16", "width=32", "tiles=4", "repeats=1", "steps=2", "step_s=0.02"]
-WITH_RAY = ("stream", "ray_parquet")
+WITH_RAY = ("stream", "stream_cached", "ray_parquet")
 PATIENCE_S = 120.0
 
 
@@ -108,7 +108,7 @@ def test_json_has_what_is_promised_and_nothing_else_is_printed(capfd: pytest.Cap
     result = json.loads(line)
     assert {"mmap_mib_s", "stream_mib_s", "ratio_to_mmap", "peers", "first_batch_s", "data_wait_share"} <= set(result)
     assert set(result["peers"]) == {"hdf5_dataloader", "mmap_reused"}
-    assert set(result["two_consumers"]) == {"mmap", "stream", "hdf5_dataloader", "mmap_reused"}
+    assert set(result["two_consumers"]) == {*OURS, "hdf5_dataloader", "mmap_reused"}
     assert result["ratio_to_mmap"] == pytest.approx(result["stream_mib_s"] / result["mmap_mib_s"])
     assert (result["tiles"], result["tile"], result["left_out"]) == (4, [16, 16, 32], {})
     assert 0 <= result["data_wait_share"] <= 1

@@ -34,7 +34,7 @@ from raysegment.feed.order import Order
 from raysegment.feed.session import ensure_ray
 from raysegment.feed.stream import open_stream
 
-OURS = ("mmap", "stream")
+OURS = ("mmap", "stream", "stream_cached")
 PEERS = {  # name in the result: module of `readers`
     "mmap_reused": "mmap_reused",
     "hdf5_dataloader": "hdf5",
@@ -237,6 +237,7 @@ def _rates(measured: dict[int, Measured]) -> dict[str, Any]:
     medians = {name: statistics.median(rates) for name, rates in one.items()}
     result = {
         "mmap_mib_s": medians["mmap"], "stream_mib_s": medians["stream"],
+        "stream_cached_mib_s": medians["stream_cached"],
         "ratio_to_mmap": medians["stream"] / medians["mmap"],
         "peers": {name: medians[name] for name in PEERS if name in medians},
         "spread": {name: [min(rates), max(rates)] for name, rates in one.items()},
@@ -295,7 +296,8 @@ def _compute(seconds: float) -> None:
 
 def lines(result: dict[str, Any]) -> Iterator[list[Any]]:
     """Rows of the table for people: reader, MiB/s, slowest, fastest, ratio to the memory map, two consumers, start s."""
-    medians = {"mmap": result["mmap_mib_s"], "stream": result["stream_mib_s"], **result["peers"]}
+    medians = {"mmap": result["mmap_mib_s"], "stream": result["stream_mib_s"], "stream_cached": result["stream_cached_mib_s"]}
+    medians |= result["peers"]
     for name, median in sorted(medians.items(), key=lambda item: -item[1]):
         two = result.get("two_consumers", {}).get(name, "")
         yield [name, median, *result["spread"][name], median / medians["mmap"], two, result["start_s"][name]]
