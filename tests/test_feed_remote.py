@@ -109,10 +109,11 @@ def test_staging_into_an_object_store_makes_the_same_bytes(s3_server, tmp_path):
     assert b"grid" in out.read("skipped.csv")
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("two_cpus_after")
 def test_training_from_an_object_store_gives_the_same_weights(folder, remote, tmp_path):
     assert os.environ["AWS_ACCESS_KEY_ID"]
-    base = config(folder, tmp_path / "here", steps=5)
+    base = config(folder, tmp_path / "here", steps=3)
     cached = replace(base, shards=remote, out=str(tmp_path / "there"), workers=2,
                      feed=replace(base.feed, cache=str(tmp_path / "cache")))  # fmt: skip
     here, there = train(base), train(cached)

@@ -111,8 +111,6 @@ def test_the_bytes_do_not_depend_on_the_number_of_processes(archive, tmp_path):
         made.append({path.name: path.read_bytes() for path in (tmp_path / str(number)).glob("*.*")})
     assert made[0] == made[1]
     assert len(made[0]) == 6
-    ray.shutdown()
-    ensure_ray(num_cpus=2)
 
 
 @pytest.mark.skipif(not ReadMeter().exact, reason="this system does not count what a thread reads")
