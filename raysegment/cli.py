@@ -16,6 +16,8 @@ import numpy as np
 
 from raysegment import config
 from raysegment.applications.bench import BenchConfig, bench
+from raysegment.applications.bench_exchange import ExchangeBenchConfig, bench_exchange
+from raysegment.applications.bench_exchange import lines as exchange_lines
 from raysegment.applications.bench_feed import FeedBenchConfig, bench_feed
 from raysegment.applications.bench_feed import lines as feed_lines
 from raysegment.applications.bench_step import AGAINST, StepConfig, bench_step, profile
@@ -301,8 +303,11 @@ def _inspect(options: argparse.Namespace, console: Console) -> dict[str, Any]:
 
 
 def _bench_options(sub: argparse.ArgumentParser) -> None:
-    what = "step: the training step; feed: tiles by our stream and by others' readers; rest: reading tiles, and the rules"
-    sub.add_argument("what", choices=("step", "feed", "rest"), help=what)
+    what = (
+        "step: the training step; exchange: what members tell each other in a step; "
+        "feed: tiles by our stream and by others' readers; rest: reading tiles, and the rules"
+    )
+    sub.add_argument("what", choices=("step", "exchange", "feed", "rest"), help=what)
     keys = "e.g. network.tiramisu.growth=16; feed: tiles=24 consumers=[1,2] peers=hdf5_dataloader,webdataset; rest: height=72"
     sub.add_argument("options", nargs="*", metavar="key=value", help=keys)
     step = sub.add_argument_group("step")
@@ -328,6 +333,8 @@ def _bench(options: argparse.Namespace, console: Console) -> dict[str, Any]:
         return result
     if options.what == "feed":
         return _bench_feed(options, console)
+    if options.what == "exchange":
+        return _bench_exchange(options, console)
     settings = _configured(StepConfig, None, [*_step_words(options), *options.options])
     if options.profile:
         return _bench_profile(settings, console)
@@ -342,6 +349,17 @@ def _bench_feed(options: argparse.Namespace, console: Console) -> dict[str, Any]
     with console.phase("bench feed") as report:
         result = bench_feed(settings, report)
     _print_feed(result)
+    return result
+
+
+def _bench_exchange(options: argparse.Namespace, console: Console) -> dict[str, Any]:
+    settings = _configured(ExchangeBenchConfig, None, options.options)
+    with console.phase("bench exchange") as report:
+        result = bench_exchange(settings, report)
+    print(f"{result['world']} processes over gloo, {result['cores']} cores, load before {result['load_before']:.1f}")
+    for name, found in result["cases"].items():
+        what = f"{name}: {found['parameters'] / 1e6:.2f} M parameters, {' × '.join(map(str, found['size']))} per member and step"
+        table(what, ["what", "median", ""], list(exchange_lines(found)))
     return result
 
 

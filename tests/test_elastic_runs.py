@@ -14,6 +14,7 @@ from raysegment.climate.checks import BadInput
 from raysegment.elastic.chaos import Fault, Plan
 from raysegment.elastic.runs import CAUSES, Run, StepLog, last_step, read_lines, summarise
 from raysegment.elastic.settings import TrainConfig, identity, plain
+from raysegment.elastic.verdict import Verdict
 from raysegment.learning.augment import AugmentConfig
 from tests.small_training import config, write_shards
 
@@ -22,22 +23,25 @@ def test_a_step_is_logged_once(tmp_path):
     path = tmp_path / "steps.jsonl"
     log = StepLog(path)
     for step in range(5):
-        log.write(step, {"loss": float("nan") if step == 2 else 1.0})
+        log.offer(step, {"loss": float("nan") if step == 2 else 1.0})
     log.close()
     with path.open("a") as file:
         file.write('{"step": 5, "lo')  # killed while writing
     log = StepLog(path)
     assert log.high_water == 4
     for step in range(3, 8):
-        log.write(step, {"loss": 2.0})
+        log.offer(step, {"loss": 2.0})
     log.close()
     steps, end = read_lines(path)
     assert [step["step"] for step in steps] == list(range(8))
     assert [step["loss"] for step in steps] == [1.0, 1.0, None, 1.0, 1.0, 2.0, 2.0, 2.0]
     assert end == path.stat().st_size
     assert last_step(path) == 7
-    with pytest.raises(AssertionError):
-        StepLog(path).write(9, {})
+    log = StepLog(path)
+    log.offer(9, {})  # before the one it follows
+    assert last_step(path) == 7
+    log.offer(8, {})
+    assert last_step(path) == 9
 
 
 @given(st.binary(max_size=80), st.integers(0, 80))
@@ -48,30 +52,34 @@ def test_a_reader_takes_whole_lines_only(tmp_path_factory, tail, offset):
     assert last_step(path) == 1
 
 
-def test_hopeless_runs_end(tmp_path):
-    run = Run(tmp_path)
-    run.event("start")
-    run.event("group", high_water=-1)
-    assert not run.fruitless().hopeless(3)
-    run.event("failure", lasting=False, bad_input=None, error="RuntimeError: connection closed")
-    assert not run.fruitless().hopeless(3)
-    run.event("group", high_water=-1)
-    run.event("group", high_water=-1)
-    assert run.fruitless().hopeless(3)
-    (tmp_path / "steps.jsonl").write_text('{"step": 0}\n')
-    assert not run.fruitless().hopeless(3)  # there was a new step after all
-    run.event("group", high_water=0)
-    run.event("failure", lasting=True, bad_input=None, error="NameError")
-    run.event("failure", lasting=False, bad_input=None, error="RuntimeError: connection closed")
-    assert not run.fruitless().hopeless(9)
-    run.event("group", high_water=0)
-    run.event("failure", lasting=True, bad_input=None, error="NameError")
-    assert run.fruitless().hopeless(9)
-    run.event("start")
-    assert not run.fruitless().hopeless(1)
-    run.event("group", high_water=0)
-    run.event("failure", lasting=True, bad_input=["x", "a", "b", "c"], error="BadInput")
-    assert run.fruitless().hopeless(9)
+def verdict(*events: str) -> bool:
+    """Whether a run to which this has happened is hopeless, with patience for three failures in a row."""
+    judge = Verdict(3)
+    for event in events:
+        if event == "step":
+            judge.progress()
+        elif event == "lost":
+            judge.loss()
+        else:
+            judge.failure({"error": event, "lasting": event != "passing", "bad_input": ["x"] if event == "input" else None})
+    return judge.hopeless
+
+
+def test_hopeless_runs_end():
+    assert verdict("input")  # no second try
+    assert verdict("code", "lost", "code")
+    assert not verdict("code", "step", "code")
+    assert not verdict("passing", "passing")
+    assert verdict("passing", "lost", "passing", "lost", "passing")
+    assert not verdict(*["lost"] * 11)
+    assert verdict(*["lost"] * 12)
+    assert not verdict(*["lost"] * 11, "step", "lost")
+    judge = Verdict(3)
+    judge.failure({"error": "a peer is gone", "lasting": False, "bad_input": None})
+    judge.failure({"error": "NameError", "lasting": True, "bad_input": None})
+    judge.failure({"error": "a peer is gone", "lasting": False, "bad_input": None})
+    assert judge.cause is not None
+    assert judge.cause["error"] == "NameError"
 
 
 def test_the_summary_adds_up():

@@ -13,8 +13,10 @@ import pytest
 from raysegment.archive.manifest import Manifest
 from raysegment.climate.checks import BadInput
 from raysegment.elastic.checkpoints import list_checkpoints, read_checkpoint
+from raysegment.elastic.keeper import forget, memory_folder
+from raysegment.elastic.runs import Run
+from raysegment.elastic.safe import state_sha256
 from raysegment.elastic.train import train
-from raysegment.elastic.worker import state_sha256
 from raysegment.feed.stream import FeedConfig
 from tests.small_training import config, write_shards
 
@@ -79,8 +81,10 @@ def test_a_killed_worker_changes_nothing(undisturbed, shards, tmp_path):
     events = lines(tmp_path / "run" / "events.jsonl")
     assert [event["fault"] for event in events if event["event"] == "fault"] == ["kill@step=7,member=1"]
     ready = [event for event in events if event["event"] == "ready"]
-    assert [event["step"] for event in ready] == [0, 6]
-    assert summary["faults_survived"] == 1
+    assert ready[0]["step"] == 0
+    assert 6 <= ready[-1]["step"] <= 7  # from the node's memory: at most one snapshot back
+    assert summary["faults"] >= 1
+    assert summary["tiles_repeated"] == summary["tiles_missing"] == 0
     assert summary["state_sha256"] == undisturbed[1]["state_sha256"]
     ours, theirs = lines(tmp_path / "run" / "steps.jsonl"), lines(undisturbed[0] / "steps.jsonl")
     assert [(step["step"], step["loss"]) for step in ours] == [(step["step"], step["loss"]) for step in theirs]
@@ -92,6 +96,7 @@ def test_an_interrupted_run_continues(undisturbed, shards, tmp_path):
     shutil.copytree(undisturbed[0], out)
     (out / "summary.json").unlink()
     kept = list_checkpoints(out / "checkpoints")
+    forget(memory_folder(), Run(out).key)  # the node is another one
     for newer in kept[1:]:
         (newer / "weights.safetensors").write_bytes(b"damaged")
     text = (out / "steps.jsonl").read_text().splitlines(keepends=True)
@@ -117,7 +122,10 @@ def test_bad_input_in_a_worker_ends_the_run(shards, tmp_path):
     spoil(private, 4)
     with pytest.raises(BadInput, match=r"at most 0 damaged tiles, got 1 of 11 .*part-00000\.arrow: tile 4"):
         train(config(private, out, feed=FeedConfig(kind="direct", max_damaged=0)))
-    assert [event["event"] for event in lines(out / "events.jsonl")] == ["start", "group", "ready", "failure", "gave_up"]
+    happened = [event["event"] for event in lines(out / "events.jsonl")]
+    assert [event for event in happened if event in ("start", "ready", "failure", "gave_up")] == [
+        "start", "ready", "failure", "gave_up",
+    ]  # fmt: skip
     assert not (out / "summary.json").exists()
 
 
@@ -146,7 +154,7 @@ def test_without_a_damaged_tile_any_group_learns_the_same(shards, tmp_path):
     spoil(tmp_path / "shards", 4)
     one = train_without_a_tile(tmp_path / "shards", tmp_path / "one")
     two = train_without_a_tile(tmp_path / "shards", tmp_path / "two", workers=2, chaos="kill@step=7,member=1")
-    assert two["faults_survived"] == 1
+    assert two["faults_survived"] >= 1
     assert one["state_sha256"] == two["state_sha256"]
 
 

@@ -182,6 +182,8 @@ def test_class_weights_come_from_the_manifest(tmp_path, rule):
 EXECUTION = {
     "LearnConfig.compile": "the same loss and gradient from compiled code",
     "LearnConfig.checkpointing": "activations are computed again instead of kept",
+    "LearnConfig.overlap": "the exchange runs beside backward, and ends with the same bits",
+    "LearnConfig.wire": "gradients are rounded on their way; with exchange fast alone, so `test_learning_exchange` tests it",
 }
 
 

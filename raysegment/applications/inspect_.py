@@ -29,11 +29,13 @@ _OPENED = 32  # files of a folder that are opened; the rest are counted
 def inspect(path: str | Path, check: bool = False) -> dict[str, Any]:
     """What `path` holds, as JSON can hold it; `kind` says which of source, masks, netcdf, shards, checkpoint, run, folder.
 
-    `check` also reads every byte of a shard set, which may be a URI of an object store. BadInput when the path is absent,
-    nothing of the kinds, or damaged.
+    `check` also reads every byte of a shard set. A shard set or a checkpoint may be the URI of one in an object store.
+    BadInput when the path is absent, nothing of the kinds, or damaged.
     """
     place = Place.of(path)
     if place.local is None:
+        if place.size(FACTS) is not None:
+            return {"path": str(place), **_checkpoint(place)}
         held = _shards(place, check)
         return {"path": str(place), "bytes": sum(shard.bytes for shard in Manifest.load(place).shards), **held}
     path = Path(path)
@@ -178,22 +180,22 @@ def _shards(path: Path | Place, check: bool) -> dict[str, Any]:
     }
 
 
-def _checkpoint(path: Path) -> dict[str, Any]:
+def _checkpoint(path: Path | Place) -> dict[str, Any]:
     """The checkpoint's own account, the sizes of its tensors, and whether it is whole."""
-    facts = _json(path / FACTS)
-    tensors = {file.name: _tensors(file) for file in sorted(path.glob("*.safetensors"))}
+    place = Place.of(path)
+    facts = _parsed(place.shown(FACTS), place.read(FACTS))
+    tensors = {name: _tensors(place, name) for name in place.names() if name.endswith(".safetensors")}
     return {"kind": "checkpoint", **{k: v for k, v in facts.items() if k != "files"}, "tensors": tensors, "problem": damage(path)}
 
 
-def _tensors(path: Path) -> dict[str, int]:
+def _tensors(place: Place, name: str) -> dict[str, int]:
     """Number of tensors and of values in a safetensors file, from its header (8 bytes of length, then JSON)."""
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        try:
-            header = json.loads(file.read(min(length, path.stat().st_size)))
-            shapes = [entry["shape"] for name, entry in header.items() if name != "__metadata__"]
-        except (ValueError, TypeError, KeyError) as error:
-            raise BadInput(path, "a safetensors file", error, "Use another checkpoint: this one is damaged") from None
+    length = int.from_bytes(place.read_range(name, 0, 8), "little")
+    try:
+        header = json.loads(place.read_range(name, 8, min(8 + length, place.size(name) or 0)))
+        shapes = [entry["shape"] for key, entry in header.items() if key != "__metadata__"]
+    except (ValueError, TypeError, KeyError) as error:
+        raise BadInput(place.shown(name), "a safetensors file", error, "Use another checkpoint: this one is damaged") from None
     return {"tensors": len(shapes), "values": sum(math.prod(shape) for shape in shapes)}
 
 
@@ -250,9 +252,16 @@ def _brief(path: Path) -> dict[str, Any]:
 
 def _json(path: Path) -> dict[str, Any]:
     try:
-        held = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        return _parsed(path, path.read_bytes())
+    except OSError as error:
         raise BadInput(path, "a JSON file", error, "The file is damaged; restore it or make it again") from None
+
+
+def _parsed(where: object, content: bytes) -> dict[str, Any]:
+    try:
+        held = json.loads(content)
+    except ValueError as error:
+        raise BadInput(where, "a JSON file", error, "The file is damaged; restore it or make it again") from None
     return held if isinstance(held, dict) else {"content": held}
 
 

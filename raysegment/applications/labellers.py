@@ -16,12 +16,13 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
+from raysegment.archive.places import Place
 from raysegment.climate import channels
 from raysegment.climate.checks import BadInput
 from raysegment.climate.grid import Grid
 from raysegment.climate.regrid import regrid, to_spacing
 from raysegment.climate.rules import Rules, parse_rules
-from raysegment.elastic.checkpoints import find_checkpoint, read_checkpoint
+from raysegment.elastic.checkpoints import read_checkpoint
 from raysegment.networks import build
 
 SPACING_TOLERANCE = 0.1  # a grid within a tenth of the training spacing is fed as it is
@@ -70,7 +71,7 @@ class NetworkLabeller:
     Maps of another spacing are regridded to the network's own, and the probabilities back.
     """
 
-    checkpoint: Path
+    checkpoint: Path | Place
     name: str
 
     @cached_property
@@ -118,13 +119,14 @@ def without_weights(probabilities: torch.Tensor, weights: torch.Tensor) -> torch
 
 
 def parse_labeller(spec: str | Path) -> Labeller:
-    """`rules:PRESET`, or a checkpoint or run folder; BadInput when it is neither."""
+    """`rules:PRESET`, or a checkpoint or run folder, or the URI of such; BadInput when it is neither."""
     if str(spec).startswith("rules:"):
         return RulesLabeller(parse_rules(str(spec)), str(spec))
-    if not Path(spec).exists():
+    place = Place.of(spec)
+    if place.local is not None and not place.local.exists():
         raise BadInput(spec, "rules:PRESET, or the folder of a checkpoint or run", "no such folder", "Check the path.")
-    path = find_checkpoint(spec).resolve()
-    facts = read_checkpoint(path, training=False).facts
+    read = read_checkpoint(place, training=False)
+    path, facts = read.path.resolve() if isinstance(read.path, Path) else read.path, read.facts
     unknown = [name for name in facts.channels if name not in channels.INDEX]
     if unknown:
         expected, got = f"a network of channels among {', '.join(channels.NAMES)}", ", ".join(unknown)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import lru_cache
@@ -70,6 +70,16 @@ class Place:
             return Path(self.text)
         return Path(_opened(self.text)[1]) if self.text.lower().startswith("file:") else None
 
+    @property
+    def name(self) -> str:
+        """The last part of the path."""
+        return PurePosixPath(self.text.partition("?")[0] if _SCHEME.match(self.text) else self.text).name
+
+    def below(self, name: str) -> Place:
+        """The folder `name` inside this one: a URI's options stay behind it."""
+        folder, mark, options = self.text.partition("?") if _SCHEME.match(self.text) else (self.text, "", "")
+        return Place(f"{folder.rstrip('/')}/{name}{mark}{options}")
+
     def __str__(self) -> str:
         """The text without its secrets."""
         return _without_secrets(self.text)
@@ -108,10 +118,28 @@ class Place:
         infos = self._ask(folder, lambda store, path: store.get_file_info(FileSelector(path, allow_not_found=True)))
         return sorted(info.base_name for info in infos if info.type == FileType.File)
 
+    def walk(self) -> list[str]:
+        """Names of all files at any depth, relative and sorted; empty when there is no such folder."""
+        base = f"{self._at('')[1]}/"
+        infos = self._ask("", lambda store, path: store.get_file_info(FileSelector(path, allow_not_found=True, recursive=True)))
+        return sorted(info.path.removeprefix(base) for info in infos if info.type == FileType.File)
+
     def remove(self, name: str) -> None:
         """Delete a file; no error when it is absent."""
         with suppress(FileNotFoundError):
             self._ask(name, lambda store, path: store.delete_file(path))
+
+    def remove_folder(self, name: str) -> None:
+        """Delete a folder with all that is in it; no error when it is absent."""
+        with suppress(FileNotFoundError):
+            self._ask(name, lambda store, path: store.delete_dir(path))
+
+    def put(self, name: str, blocks: Callable[[], Iterable[bytes | memoryview]]) -> None:
+        """Write a file block by block without a copy beside it; `blocks` is called again after a transient error.
+
+        An object store publishes the file at its end. On a disk its beginning is there at once: see `committed`.
+        """
+        self._ask(name, lambda store, path: _put(blocks(), store, path))
 
     @contextmanager
     def committed(self, name: str) -> Iterator[Path]:
@@ -238,6 +266,18 @@ def _upload(source: Path, store: FileSystem, path: str) -> None:
             _withdraw(target, store, path)
             raise
         target.close()
+
+
+def _put(blocks: Iterable[bytes | memoryview], store: FileSystem, path: str) -> None:
+    """Write blocks to a file, which an object store shows at the end."""
+    target = store.open_output_stream(path, compression=None)
+    try:
+        for block in blocks:
+            target.write(block)
+    except BaseException:
+        _withdraw(target, store, path)
+        raise
+    target.close()
 
 
 def _withdraw(target: NativeFile, store: FileSystem, path: str) -> None:

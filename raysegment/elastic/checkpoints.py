@@ -5,34 +5,44 @@
         state.safetensors     what training needs besides: optimizer, lagged gradient, …
         checkpoint.json       network, channels, statistics, spacing, classes, provenance, step, cursor, digests; written last
 
-Files are written into a folder of a temporary name, fsynced, and the folder renamed. Readers trust nothing: the newest
-folder whose digests agree is the newest checkpoint, the one before it is used when it does not.
+The folder of checkpoints is a path or a URI (see `shelves` for what differs). Writing has two phases: any writer makes a
+draft, which no reader takes for a checkpoint; one process decides which drafts count and publishes them. Readers trust
+nothing: the newest whose digests agree is the newest checkpoint, the one before it is used when it does not.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
-import shutil
-from collections.abc import Mapping
+import re
+import secrets
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import dacite
-from safetensors.torch import load, save
+import torch
 from torch import Tensor
 
-from raysegment.archive.files import fsync
+from raysegment.archive.places import Place
+from raysegment.archive.retry import forbidden, is_forbidden
 from raysegment.climate.checks import BadInput
+from raysegment.elastic import packed
+from raysegment.elastic.packed import BLOCK, unpack
+from raysegment.elastic.shelves import FACTS, shelf
 from raysegment.networks import NetworkConfig
 
-WEIGHTS, STATE, FACTS = "weights.safetensors", "state.safetensors", "checkpoint.json"
+WEIGHTS, STATE = "weights.safetensors", "state.safetensors"
 _FORMAT = 1
 _OTHER = "Use the version of raysegment that wrote it."
 _RETRAIN = "Use an older checkpoint of the run, or train again"
+_TAG = re.compile(r"[A-Za-z0-9][A-Za-z0-9_\-]*")
+
+Where = str | Path | Place
+Found = Path | Place  # a path on a disk, a place in an object store
 
 
 @dataclass(frozen=True)
@@ -62,97 +72,280 @@ class Facts:
             raise ValueError(f"checkpoint: expected {self.network.classes} class names, got {self.classes}")
 
 
+class Damaged(BadInput):
+    """A checkpoint that is not whole: an older one may be. Missing rights, or a store that does not answer, are not that."""
+
+
 @dataclass(frozen=True)
 class Checkpoint:
     """A checkpoint read and found whole. `state` is empty where only the weights were asked for."""
 
-    path: Path
+    path: Found
     facts: Facts
     weights: dict[str, Tensor]
     state: dict[str, Tensor]
 
 
+@dataclass(frozen=True)
+class Draft:
+    """A checkpoint that is written but does not count yet; `asdict` of it is JSON, `Draft(**…)` the way back.
+
+    `tag` is the writer's with a number of this draft's own, `sha256` that of the draft's record (and so of all its files).
+    """
+
+    step: int
+    tag: str
+    sha256: str
+
+    def __post_init__(self) -> None:
+        if self.step < 0 or not _TAG.fullmatch(self.tag):
+            raise ValueError(f"draft: expected a step and a tag of letters, digits, - and _, got {self.step}, {self.tag!r}")
+
+
 def write_checkpoint(
-    folder: str | Path, facts: Facts, weights: Mapping[str, Tensor], state: Mapping[str, Tensor], keep: int = 3
-) -> Path:
-    """The new checkpoint `folder/step-…`, committed; afterwards only the newest `keep` remain."""
-    assert keep >= 1, keep
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    target = folder / f"step-{facts.step:08d}"
-    if target.exists() and damage(target) is None:
-        return target
-    temporary = folder / f".{target.name}.{os.getpid()}.tmp"
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
+    folder: Where, facts: Facts, weights: Mapping[str, Tensor], state: Mapping[str, Tensor], keep: int = 3
+) -> Found:
+    """The new checkpoint `folder/step-…`, published; afterwards only the newest `keep` remain. For a lone writer."""
+    target = Place.of(folder).below(step_name(facts.step))
+    if not _is_whole(target):
+        target = Place.of(publish(folder, draft(folder, facts, weights, state, "alone")))
+    prune(folder, keep)
+    return _found(target)
+
+
+def draft(place: Where, facts: Facts, weights: Mapping[str, Tensor], state: Mapping[str, Tensor], tag: str) -> Draft:
+    """A draft of the checkpoint, wholly on the storage; OSError or BadInput where that is full or forbidden.
+
+    `tag` names the writer; what it wrote for nothing is found by it (`remove_orphans`). No copy of the tensors is made.
+    """
+    store, step = shelf(Place.of(place)), step_name(facts.step)
+    made = Draft(facts.step, f"{tag}-{secrets.token_hex(4)}", "")
     try:
-        contents = {WEIGHTS: save(_plain(weights)), STATE: save(_plain(state))}
-        for name, content in contents.items():
-            _write(temporary / name, content)
-        _write(temporary / FACTS, _facts_json(facts, contents))
-        fsync(temporary)
-        _put(temporary, target)
-        fsync(folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    for old in list_checkpoints(folder)[:-keep]:
-        _remove(old)
-    return target
+        files = {}
+        for file, tensors in ((WEIGHTS, weights), (STATE, state)):
+            digest = _Digest()
+            store.write(step, made.tag, file, lambda tensors=tensors, digest=digest: digest.of(packed.blocks(tensors)))
+            files[file] = {"name": store.named(file, made.tag), **digest.entry}
+        content = _record_json(facts, files)
+        store.write(step, made.tag, FACTS, lambda: iter([memoryview(content)]))
+        store.seal(step, made.tag)
+    except Exception:
+        with suppress(OSError, BadInput):  # a storage that cannot be written to; the orphan is found later
+            discard(place, made)
+        raise
+    return Draft(made.step, made.tag, hashlib.sha256(content).hexdigest())
 
 
-def read_checkpoint(path: str | Path, training: bool = True) -> Checkpoint:
+def publish(place: Where, draft: Draft) -> Found:
+    """Make a draft the checkpoint of its step; BadInput when it is not whole. To be done by one process at a time.
+
+    Everything is read back before. A whole checkpoint of that step stays, and the draft goes: publishing twice is harmless.
+    """
+    place = Place.of(place)
+    store, step = shelf(place), step_name(draft.step)
+    target = place.below(step)
+    if _is_whole(target):
+        store.discard(step, draft.tag)
+        return _found(target)
+    drafted, record = store.drafted(step, draft.tag), store.named(FACTS, draft.tag)
+    _verify(drafted, record, draft.sha256)
+    store.install(step, draft.tag)
+    return _found(target)
+
+
+def discard(place: Where, draft: Draft) -> None:
+    """Delete a draft that will not be published; nothing where it has been published or is gone."""
+    shelf(Place.of(place)).discard(step_name(draft.step), draft.tag)
+
+
+def prune(place: Where, keep: int) -> list[str]:
+    """Delete what is older than the newest `keep` checkpoints (that are there by record and size); the names deleted."""
+    assert keep >= 1, keep
+    place = Place.of(place)
+    store = shelf(place)
+    names = store.steps()
+    whole = (name for name in reversed(names) if damage(place.below(name), data=False) is None)
+    oldest = next(islice(whole, keep - 1, None), None)
+    doomed = names[: names.index(oldest)] if oldest else []
+    for name in doomed:
+        store.remove(name)
+    return doomed
+
+
+def remove_orphans(folder: Where, keep_tags: Collection[str] = ()) -> list[str]:
+    """Delete drafts that nobody published, except those of the writers `keep_tags`; the names (step/tag) deleted.
+
+    For the process that publishes, and for the drafts of writers that are dead.
+    """
+    store = shelf(Place.of(folder))
+    orphans = [(step, tag) for step, tag in store.drafts() if tag.rpartition("-")[0] not in keep_tags]
+    for step, tag in orphans:
+        store.discard(step, tag)
+    return [f"{step}/{tag}" for step, tag in orphans]
+
+
+def read_checkpoint(path: Where, training: bool = True) -> Checkpoint:
     """The checkpoint at `path` (its folder, or a folder of checkpoints, or a run's): BadInput when it is not whole.
 
-    With `training=False` the optimizer's state is neither read nor needed.
+    With `training=False` the optimizer's state is neither read nor needed. All digests are checked, each file is read once.
     """
-    path = find_checkpoint(path)
-    names = (WEIGHTS, STATE) if training else (WEIGHTS,)
-    record, contents = _verified(path, names)
-    state = load(contents[STATE]) if training else {}
-    return Checkpoint(path, _facts(path, record), load(contents[WEIGHTS]), state)
+    place = Place.of(path)
+    if _is_checkpoint(place):
+        return _read_at(place, training)
+    for folder in (place, place.below("checkpoints")):
+        newest = read_newest(folder, training)
+        if newest is not None:
+            return newest
+    raise _no_checkpoint(path)
 
 
-def find_checkpoint(path: str | Path) -> Path:
+def read_newest(folder: Where, training: bool = True) -> Checkpoint | None:
+    """The newest checkpoint of a folder that is whole, or None; what is newer and damaged is passed over."""
+    for path in reversed(list_checkpoints(folder)):
+        try:
+            return _read_at(Place.of(path), training)
+        except Damaged:
+            continue
+    return None
+
+
+def find_checkpoint(path: Where) -> Found:
     """The checkpoint that `path` means: itself, or the newest whole one of a folder of checkpoints or of a run."""
-    path = Path(path)
-    if (path / FACTS).exists() or path.name.startswith("step-"):
-        return path
-    for folder in (path, path / "checkpoints"):
+    place = Place.of(path)
+    if _is_checkpoint(place):
+        return _found(place)
+    for folder in (place, place.below("checkpoints")):
         newest = newest_valid(folder)
         if newest is not None:
             return newest
-    raise BadInput(path, f"a checkpoint ({FACTS}, {WEIGHTS}) or a run folder with one", "none", "Check the path, or train first.")
+    raise _no_checkpoint(path)
 
 
-def list_checkpoints(folder: str | Path) -> list[Path]:
+def list_checkpoints(folder: Where) -> list[Found]:
     """All checkpoints of a folder, oldest first, whole or not."""
-    return sorted(path for path in Path(folder).glob("step-*") if path.is_dir())
+    place = Place.of(folder)
+    return [_found(place.below(name)) for name in shelf(place).steps()]
 
 
-def newest_valid(folder: str | Path) -> Path | None:
-    """The newest checkpoint of a folder whose digests agree, or None."""
-    return next((path for path in reversed(list_checkpoints(folder)) if damage(path) is None), None)
+def newest_valid(folder: Where, data: bool = True) -> Found | None:
+    """The newest checkpoint of a folder whose digests agree, or None; `data` as for `damage`. Older ones are not looked at."""
+    return next((path for path in reversed(list_checkpoints(folder)) if damage(path, data) is None), None)
 
 
-def damage(path: str | Path) -> str | None:
-    """What is wrong with a checkpoint, or None when it is whole."""
+def damage(path: Where, data: bool = True) -> str | None:
+    """What is wrong with a checkpoint, or None when it is whole; with `data=False` the tensors' files only have their size."""
     try:
-        _facts(Path(path), _verified(Path(path), (WEIGHTS, STATE))[0])
-    except BadInput as error:
+        _verify(Place.of(path), FACTS, data=data)
+    except Damaged as error:
         return str(error)
     return None
 
 
-def remove_orphans(folder: str | Path) -> list[Path]:
-    """Delete what writers that died left half-written; to be called while nobody writes."""
-    orphans = sorted(Path(folder).glob(".step-*.tmp"))
-    for orphan in orphans:
-        shutil.rmtree(orphan, ignore_errors=True)
-    return orphans
+def differences(facts: Facts, expected: Mapping[str, Any], manifest_sha256: str = "") -> dict[str, tuple[Any, Any]]:
+    """{key: (the checkpoint's, the expected)} of what differs; empty where a run so configured may continue from it.
+
+    `expected`: settings by dotted key or nested, compared with those that the checkpoint's run had (provenance "config");
+    a key that it did not have counts as None.
+    """
+    had = dict(_flat(facts.provenance.get("config", {}))) | dict(_flat({"network": asdict(facts.network)}))
+    wanted = {key: _plain(value) for key, value in _flat(expected)}
+    found = {key: (had.get(key), value) for key, value in wanted.items() if _plain(had.get(key)) != value}
+    manifest = facts.provenance.get("manifest_sha256")
+    if manifest_sha256 and manifest != manifest_sha256:
+        found["shards"] = (f"manifest {manifest}", f"manifest {manifest_sha256}")
+    return found
 
 
-def _facts_json(facts: Facts, contents: Mapping[str, bytes]) -> bytes:
-    files = {name: {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()} for name, content in contents.items()}
+def check_same(where: object, differing: Mapping[str, tuple[Any, Any]]) -> None:
+    """BadInput that names what differs, unless nothing does."""
+    if differing:
+        shown = ", ".join(f"{key} ({was} there, {now} now)" for key, (was, now) in sorted(differing.items()))
+        remedy = "Continue with what it was trained with, or start a new run in another folder."
+        raise BadInput(where, "a state of this run's network, shards and batch", f"other values of {shown}", remedy)
+
+
+def step_name(step: int) -> str:
+    """The name of a step's checkpoint."""
+    return f"step-{step:08d}"
+
+
+@dataclass
+class _Digest:
+    """What passed by: bytes and SHA-256."""
+
+    entry: dict[str, Any] = field(default_factory=dict)
+
+    def of(self, blocks: Iterator[memoryview]) -> Iterator[memoryview]:
+        """The same blocks, counted; anew each time."""
+        digest, size = hashlib.sha256(), 0
+        for block in blocks:
+            digest.update(block)
+            size += len(block)
+            yield block
+        self.entry = {"bytes": size, "sha256": digest.hexdigest()}
+
+
+def _is_checkpoint(place: Place) -> bool:
+    return place.name.startswith("step-") or place.size(FACTS) is not None
+
+
+def _is_whole(place: Place) -> bool:
+    return place.size(FACTS) is not None and damage(place) is None
+
+
+def _no_checkpoint(path: Where) -> BadInput:
+    expected = f"a checkpoint ({FACTS}, {WEIGHTS}) or a run folder with one"
+    return BadInput(path, expected, "none", "Check the path, or train first.")
+
+
+def _found(place: Place) -> Found:
+    return place.local or place
+
+
+def _read_at(place: Place, training: bool) -> Checkpoint:
+    record = _record(place, FACTS)
+    facts = _facts(place, record)
+    weights = _tensors(place, record, WEIGHTS)
+    state = _tensors(place, record, STATE) if training else {}
+    return Checkpoint(_found(place), facts, weights, state)
+
+
+def _tensors(place: Place, record: Mapping[str, Any], file: str) -> dict[str, Tensor]:
+    name, size, sha256 = _entry(place, record, file)
+    content, digest, start = torch.empty(size, dtype=torch.uint8), hashlib.sha256(), 0
+    target = content.numpy().data
+    for block in _blocks(place, name, size):
+        digest.update(block)
+        target[start : start + len(block)] = block
+        start += len(block)
+    _agree(place, name, sha256, digest.hexdigest(), start)
+    try:
+        return unpack(content)
+    except ValueError as error:
+        raise Damaged(place.shown(name), "a file of tensors", error, _OTHER) from error
+
+
+def _verify(place: Place, record_name: str, record_sha256: str = "", data: bool = True) -> None:
+    """`Damaged` unless record and files are as they were written."""
+    record = _record(place, record_name, record_sha256)
+    _facts(place, record)
+    for file in (WEIGHTS, STATE):
+        name, size, sha256 = _entry(place, record, file)
+        if not data:
+            _agree(place, name, size, _size(place, name), size)
+            continue
+        digest = hashlib.sha256()
+        for block in _blocks(place, name, size):
+            digest.update(block)
+        _agree(place, name, sha256, digest.hexdigest(), size)
+
+
+def _agree(place: Place, name: str, want: object, got: object, size: int) -> None:
+    if got != want:
+        raise Damaged(place.shown(name), f"SHA-256 or size {want}", f"{got} over {size} bytes", f"It is damaged. {_RETRAIN}.")
+
+
+def _record_json(facts: Facts, files: Mapping[str, Any]) -> bytes:
     record = {"format": _FORMAT, **asdict(facts), "files": files}
     return json.dumps({**record, "sha256": _digest(record)}, indent=1).encode()
 
@@ -162,75 +355,87 @@ def _digest(record: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(record, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
-def _verified(path: Path, names: tuple[str, ...]) -> tuple[dict[str, Any], dict[str, bytes]]:
-    """The record and the contents of the named files, all digests checked; each file is read once."""
-    record = _record(path)
-    contents = {}
-    for name in names:
-        content = _read(path / name)
-        got = hashlib.sha256(content).hexdigest()
-        want = record["files"].get(name, {}).get("sha256")
-        if got != want:
-            raise BadInput(path / name, f"SHA-256 {want}", f"{got} over {len(content)} bytes", f"It is damaged. {_RETRAIN}.")
-        contents[name] = content
-    return record, contents
-
-
-def _record(path: Path) -> dict[str, Any]:
+def _record(place: Place, name: str, sha256: str = "") -> dict[str, Any]:
+    """What a record says, its digests checked: its own, and `sha256` of its bytes where that is given."""
+    shown, content = place.shown(name), _read(place, name)
+    if sha256 and hashlib.sha256(content).hexdigest() != sha256:
+        raise Damaged(shown, f"SHA-256 {sha256}", "another", f"The draft is damaged. {_RETRAIN}.")
     try:
-        record = json.loads(_read(path / FACTS))
+        record = json.loads(content)
         want = record.pop("sha256")
         version, files = record.pop("format"), record["files"]
     except (ValueError, KeyError, AttributeError, TypeError) as error:
-        raise BadInput(path / FACTS, "a checkpoint's facts", f"{type(error).__name__}: {error}", f"{_RETRAIN}.") from None
+        raise Damaged(shown, "a checkpoint's facts", f"{type(error).__name__}: {error}", f"{_RETRAIN}.") from None
     if version != _FORMAT:
-        raise BadInput(path / FACTS, f"format {_FORMAT}", version, _OTHER)
+        raise Damaged(shown, f"format {_FORMAT}", version, _OTHER)
     if _digest({"format": version, **record}) != want or not isinstance(files, dict):
-        raise BadInput(path / FACTS, f"SHA-256 {want}", "another", f"The file is damaged. {_RETRAIN}.")
+        raise Damaged(shown, f"SHA-256 {want}", "another", f"The file is damaged. {_RETRAIN}.")
     return record
 
 
-def _facts(path: Path, record: dict[str, Any]) -> Facts:
+def _entry(place: Place, record: Mapping[str, Any], file: str) -> tuple[str, int, str]:
+    """(name, bytes, SHA-256) of a file."""
+    try:
+        entry = record["files"][file]
+        return entry.get("name", file), int(entry["bytes"]), entry["sha256"]
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise Damaged(place.shown(FACTS), f"size and digest of {file}", error, _OTHER) from error
+
+
+def _facts(place: Place, record: dict[str, Any]) -> Facts:
     content = {key: value for key, value in record.items() if key != "files"}
     try:
         return dacite.from_dict(Facts, content, dacite.Config(cast=[tuple, float]))
     except (dacite.DaciteError, ValueError, TypeError) as error:
-        raise BadInput(path / FACTS, "a checkpoint of this version", error, _OTHER) from error
+        raise Damaged(place.shown(FACTS), "a checkpoint of this version", error, _OTHER) from error
 
 
-def _read(path: Path) -> bytes:
+def _size(place: Place, name: str) -> int | None:
     try:
-        return path.read_bytes()
+        return place.size(name)
     except OSError as error:
-        raise BadInput(path, "a readable file of a checkpoint", error.strerror or error, f"{_RETRAIN}.") from None
+        raise _unreadable(place, name, error) from None
 
 
-def _write(path: Path, content: bytes) -> None:
-    with path.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _put(temporary: Path, target: Path) -> None:
-    """Rename to `target`; a damaged checkpoint of that name moves out of the way first."""
-    if target.exists():
-        _remove(target)
+def _read(place: Place, name: str) -> bytes:
     try:
-        temporary.rename(target)
-    except OSError:  # another writer was faster
-        if damage(target) is not None:
-            raise
+        return (place.local / name).read_bytes() if place.local else place.read(name)
+    except OSError as error:
+        raise _unreadable(place, name, error) from None
 
 
-def _remove(path: Path) -> None:
-    """Delete a checkpoint so that no reader sees half of it."""
-    grave = path.with_name(f".{path.name}.{os.getpid()}.old.tmp")
-    with suppress(FileNotFoundError):
-        path.rename(grave)
-    shutil.rmtree(grave, ignore_errors=True)
+def _blocks(place: Place, name: str, size: int) -> Iterator[bytes]:
+    """The bytes of a file that should be `size` long; `Damaged` where it is not."""
+    try:
+        if (have := _size(place, name)) != size:
+            expected = f"a file of {size} bytes"
+            raise Damaged(place.shown(name), expected, "none" if have is None else f"{have}", f"It is damaged. {_RETRAIN}.")
+        if place.local is None:
+            yield from (place.read_range(name, start, min(start + BLOCK, size)) for start in range(0, size, BLOCK))
+            return
+        with (place.local / name).open("rb", buffering=0) as file:
+            while block := file.read(BLOCK):
+                yield block
+    except OSError as error:
+        raise _unreadable(place, name, error) from None
 
 
-def _plain(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors on the CPU, contiguous, each with memory of its own, as safetensors wants them."""
-    return {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+def _unreadable(place: Place, name: str, error: OSError) -> Exception:
+    """`Damaged` for a file that is absent, or that a disk cannot read; a store that does not answer says nothing about it."""
+    if is_forbidden(error):
+        return forbidden(place.shown(name), error)
+    if place.local is None and not isinstance(error, FileNotFoundError):
+        return error
+    return Damaged(place.shown(name), "a readable file of a checkpoint", error.strerror or error, f"{_RETRAIN}.")
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _plain(value: Any) -> Any:
+    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value

@@ -1,10 +1,12 @@
 """A run folder: what was asked, what happened step by step, what came out.
 
-    config.yaml     the resolved configuration
-    steps.jsonl     one line per step, each step once, in order (written by the group's first member)
-    events.jsonl    group starts, failures, injected faults, checkpoints (written by whoever it happens to)
-    checkpoints/    see `checkpoints`
-    summary.json    written last: the run is complete
+config.yaml     the resolved configuration
+steps.jsonl     one line per step, each step once, in order (written by the roster)
+events.jsonl    generations, losses, failures, injected faults, checkpoints (written by whoever it happens to)
+roster.json     the newest generation and its members, so that numbers of generations never go back
+run.json        the run's own identity
+checkpoints/    see `checkpoints`
+summary.json    written last: the run is complete
 """
 
 from __future__ import annotations
@@ -14,8 +16,9 @@ import math
 import os
 import statistics
 import time
+import uuid
+from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +78,15 @@ class Run:
             remedy = "Give the same configuration to continue, or another folder as `out`."
             raise BadInput(self.folder, "a new folder or a run of the same configuration", f"other values of {shown}", remedy)
 
+    @property
+    def key(self) -> str:
+        """What tells this run from any other, also from one that was in the same folder before."""
+        path = self.folder / "run.json"
+        if not path.exists():
+            with committed(path) as temporary:
+                temporary.write_text(json.dumps({"id": uuid.uuid4().hex}) + "\n")
+        return json.loads(path.read_text())["id"]
+
     def finished(self) -> dict[str, Any] | None:
         """The summary, when the run is complete."""
         return json.loads(self.summary.read_text()) if self.summary.exists() else None
@@ -89,52 +101,52 @@ class Run:
         with self.events.open("ab", buffering=0) as file:
             file.write(line.encode())
 
+    def untouched(self) -> bool:
+        """Whether nothing has been begun in the folder."""
+        return all(path.name == "fleet.lock" for path in self.folder.glob("*"))
+
+    def account(self, steps: int, global_batch: int) -> dict[str, int]:
+        """What happened to the run, from its events, and whether every position is in its log once.
+
+        `generations` were formed; `faults` members lost, `faults_survived` of these those after which training went on,
+        `faults_injected` on purpose; `steps_repeated` logged steps that were computed once more; `tiles_repeated`,
+        `tiles_missing` positions that stand in the log more than once, or not at all.
+        """
+        events = self.read_events()
+        count = {kind: sum(event["event"] == kind for event in events) for kind in ("generation", "lost", "fault")}
+        lost = [event for event in events if event["event"] == "lost" and event["rank"] is not None]
+        positions = Counter(line["cursor"] // global_batch for line in read_lines(self.steps)[0])
+        return {
+            "generations": count["generation"],
+            "faults": len(lost),
+            "faults_survived": len(lost),
+            "faults_injected": count["fault"],
+            "steps_repeated": sum(event["repeated"] for event in events if event["event"] == "generation"),
+            "tiles_repeated": global_batch * sum(times - 1 for times in positions.values()),
+            "tiles_missing": global_batch * sum(step not in positions for step in range(steps)),
+        }
+
     def read_events(self) -> list[dict[str, Any]]:
         return read_lines(self.events)[0]
 
-    def fruitless(self) -> Fruitless:
-        """What the groups since the last start met that, up to now, came to nothing."""
-        groups, failures, last = 0, [], last_step(self.steps)
-        for event in reversed(self.read_events()):
-            if event["event"] == "failure" and not groups:
-                failures.append(event)
-            if event["event"] == "start" or (event["event"] == "group" and event["high_water"] != last):
-                break
-            groups += event["event"] == "group"
-        cause = next((failure for failure in failures if failure["lasting"]), failures[0] if failures else None)
-        return Fruitless(groups, cause)
-
-
-@dataclass(frozen=True)
-class Fruitless:
-    """`groups` in a row began without one new step since; `cause` is what the newest of them failed of, as far as known."""
-
-    groups: int
-    cause: dict[str, Any] | None
-
-    def hopeless(self, most: int) -> bool:
-        """True when another try would not help: at once for bad input, after two for an error in the code, or after `most`."""
-        patience = most
-        if self.cause is not None and self.cause["lasting"]:
-            patience = 1 if self.cause["bad_input"] else 2
-        return self.groups >= min(patience, most)
-
 
 class StepLog:
-    """Appends to steps.jsonl what is not there yet: a step computed again after a failure is not written twice."""
+    """Appends to steps.jsonl what is not there yet, in order: a step computed again after a failure is not written twice."""
 
     def __init__(self, path: Path):
         mend(path)
         self.high_water = last_step(path)
         self._file = path.open("a")
+        self._early: dict[int, Mapping[str, Any]] = {}  # lines that came before the one they follow
 
-    def write(self, step: int, facts: Mapping[str, Any]) -> None:
-        if step <= self.high_water:
-            return
-        assert step == self.high_water + 1, (step, self.high_water)
-        self._file.write(json.dumps(jsonable({"step": step, **facts})) + "\n")
+    def offer(self, step: int, facts: Mapping[str, Any]) -> None:
+        """Write a step's line once those before it are written; nothing where it has been."""
+        if step > self.high_water:
+            self._early[step] = facts
+        while self.high_water + 1 in self._early:
+            self.high_water += 1
+            self._file.write(json.dumps(jsonable({"step": self.high_water, **self._early.pop(self.high_water)})) + "\n")
         self._file.flush()
-        self.high_water = step
 
     def sync(self) -> None:
         """On the disk before a checkpoint says that these steps are done."""

@@ -11,6 +11,7 @@ from raysegment.archive.manifest import Manifest
 from raysegment.climate.channels import NAMES
 from raysegment.climate.checks import BadInput
 from raysegment.elastic.chaos import Plan
+from raysegment.elastic.ladder import Ladder
 from raysegment.feed.order import Order
 from raysegment.feed.stream import FeedConfig
 from raysegment.learning.optim import OptimConfig
@@ -23,15 +24,61 @@ DEVICES = ("auto", "cpu", "cuda")
 
 @dataclass(frozen=True)
 class CheckpointConfig:
-    """When state is written: every `every_steps` steps (0: by time), or every `every_s` seconds; the last `keep` stay."""
+    """When and where state is kept.
 
-    every_s: float = 60.0
+    Files: every `every_steps` steps; or every `every_s` seconds; or, where both are 0, as often as their measured cost and
+    the failures of the run make best (Young 1974, Daly 2006). The last `keep` stay, in `place`: a folder or URI
+    (s3://bucket/prefix) that all nodes reach, "" being the run's own folder.
+    Memory: the first worker of each node keeps the newest state every `memory_steps` steps (0: as often as costs 1 % of
+    the time) in the folder `memory` of the node ("" is below /dev/shm, "off" nowhere): it outlives the processes.
+    """
+
+    every_s: float = 0.0
     every_steps: int = 0
     keep: int = 3
+    place: str = ""
+    memory: str = ""
+    memory_steps: int = 0
 
     def __post_init__(self) -> None:
-        if self.every_s <= 0 or self.every_steps < 0 or self.keep < 1:
-            raise ValueError(f"checkpoint: expected every_s > 0, every_steps >= 0 and keep >= 1, got {self}")
+        if self.every_s < 0 or self.every_steps < 0 or self.keep < 1 or self.memory_steps < 0:
+            raise ValueError(f"checkpoint: expected keep >= 1 and no negative every_s, every_steps, memory_steps, got {self}")
+
+
+@dataclass(frozen=True)
+class ElasticConfig:
+    """The fleet: how many cells of how many workers, and how patient it is.
+
+    `cells` (least, most): training goes on while at least `least` are there, and takes up to `most` as there is room. A cell
+    is a Ray Train `TorchTrainer` with a fixed number of workers on one node: `workers_per_cell`, where 0 means one cell of
+    the run's `workers`, on one node or several. All time limits follow from `patience_s` (see `elastic.ladder`).
+    `eject_stragglers`: members more than three times slower than the median over 20 steps are replaced, not only named.
+    """
+
+    cells: tuple[int, int] = (1, 1)
+    workers_per_cell: int = 0
+    patience_s: float = 2.0
+    eject_stragglers: bool = False
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "cells", tuple(self.cells))
+        if len(self.cells) != 2 or not 1 <= self.cells[0] <= self.cells[1]:
+            raise ValueError(f"elastic.cells: expected [least, most] with 1 <= least <= most, got {list(self.cells)}")
+        if self.workers_per_cell < 0:
+            raise ValueError(f"elastic.workers_per_cell: expected 1 or more (0: the run's workers), got {self.workers_per_cell}")
+        Ladder(self.patience_s)
+
+
+@dataclass(frozen=True)
+class ValidationConfig:
+    """IoU on tiles that are not trained on: all those of the set `shards`, every `every_steps` steps; "" for none."""
+
+    shards: str = ""
+    every_steps: int = 100
+
+    def __post_init__(self) -> None:
+        if self.every_steps < 1:
+            raise ValueError(f"validation.every_steps: expected 1 or more, got {self.every_steps}")
 
 
 @dataclass(frozen=True)
@@ -42,9 +89,8 @@ class TrainConfig:
     `steps` or, where it is 0, `epochs` says how long; the learning-rate schedule spans exactly that. `window_tiles` 0
     mixes all tiles of an epoch; otherwise so many at a time, for shards that come through a cache smaller than they are,
     which then reads each of them once per epoch. `cpus_per_worker` CPUs are reserved for each worker, which computes with
-    as many threads. `timeout_s` is how long a collective may hang before the group starts again; `max_failures` bounds
-    restarts (−1: no bound), `max_fruitless` those in a row without one new step. `chaos` injects faults:
-    "kill@step=12,member=1; kill@step=20,member=0".
+    as many threads. `max_failures` bounds the restarts of each cell (−1: no bound), `max_fruitless` failures in a row
+    without one new step. `chaos` injects faults: "kill@step=12,member=1; seed=7,every=5s" (see `elastic.chaos`).
     """
 
     shards: str = ""
@@ -61,9 +107,10 @@ class TrainConfig:
     learn: LearnConfig = field(default_factory=LearnConfig)
     feed: FeedConfig = field(default_factory=FeedConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    elastic: ElasticConfig = field(default_factory=ElasticConfig)
+    validation: ValidationConfig = field(default_factory=ValidationConfig)
     max_failures: int = -1
     max_fruitless: int = 5
-    timeout_s: float = 300.0
     chaos: str = ""
 
     def __post_init__(self) -> None:
@@ -76,9 +123,23 @@ class TrainConfig:
             raise ValueError(f"window_tiles: expected 0 or more, got {self.window_tiles}")
         if self.workers < 1 or self.cpus_per_worker <= 0:
             raise ValueError(f"workers, cpus_per_worker: expected more than 0, got {self.workers} and {self.cpus_per_worker}")
-        if self.max_failures < -1 or self.max_fruitless < 1 or self.timeout_s <= 0:
-            raise ValueError(f"expected max_failures >= -1, max_fruitless >= 1 and timeout_s > 0, got {self}")
+        if self.max_failures < -1 or self.max_fruitless < 1:
+            raise ValueError(
+                f"expected max_failures >= -1 and max_fruitless >= 1, got {self.max_failures} and {self.max_fruitless}"
+            )
+        if self.elastic.workers_per_cell and self.workers not in (1, self.elastic.workers_per_cell):
+            raise ValueError(f"workers: expected elastic.workers_per_cell alone, got workers={self.workers} beside it")
         Plan.parse(self.chaos)
+
+    @property
+    def workers_per_cell(self) -> int:
+        """Workers of each cell."""
+        return self.elastic.workers_per_cell or self.workers
+
+    @property
+    def checkpoint_place(self) -> str:
+        """Where checkpoints are, as a path or URI."""
+        return self.checkpoint.place or f"{self.out}/checkpoints"
 
     @property
     def threads(self) -> int:
@@ -144,8 +205,8 @@ def check_channels(channels: tuple[str, ...]) -> None:
 
 
 # What may differ when a run is continued: it changes how the result is reached, not the result.
-_FREE = ("shards", "out", "name", "epochs", "workers", "cpus_per_worker", "device", "feed", "checkpoint", "max_failures",
-         "max_fruitless", "timeout_s", "chaos")  # fmt: skip
+_FREE = ("shards", "out", "name", "epochs", "workers", "cpus_per_worker", "device", "feed", "checkpoint", "elastic",
+         "validation", "max_failures", "max_fruitless", "chaos")  # fmt: skip
 _SAME = {"learn.optim.total_steps", "learn.checkpointing"}  # follows from `steps`; changes no bit
 
 

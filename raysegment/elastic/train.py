@@ -1,64 +1,90 @@
-"""`train`: one TorchTrainer whose workers may die; it ends with a complete run folder, or says why not.
+"""`train`: a fleet of cells whose members may die and come back; it ends with a complete run folder, or says why not.
 
-Ray Train restarts the group when a worker or node is lost; every group takes up the run from the newest whole checkpoint.
 The same command continues a run that was interrupted, and returns the summary of one that is complete.
 """
 
 from __future__ import annotations
 
 import os
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from typing import Any
 
 import ray
-from ray.train import FailureConfig, RunConfig, ScalingConfig
-from ray.train.torch import TorchConfig, TorchTrainer
+from filelock import FileLock
+from filelock import Timeout as LockTimeout
 
 from raysegment.archive.manifest import Manifest
 from raysegment.archive.places import Place
 from raysegment.archive.shards import ShardSet
 from raysegment.climate.checks import BadInput
+from raysegment.elastic.cells import Room
 from raysegment.elastic.checkpoints import newest_valid, read_checkpoint
+from raysegment.elastic.fleet import Fleet
+from raysegment.elastic.ladder import Ladder
 from raysegment.elastic.runs import Run, read_lines, summarise
+from raysegment.elastic.safe import check_same
 from raysegment.elastic.settings import CheckpointConfig, TrainConfig
-from raysegment.elastic.worker import check_shards, work
 from raysegment.feed.quarantine import allowed
 from raysegment.feed.session import ensure_ray
 from raysegment.learning.flops import training_flops
 from raysegment.learning.step import initialise
 
-__all__ = ["CheckpointConfig", "TrainConfig", "train", "use_gpu"]
+__all__ = ["CheckpointConfig", "Stopped", "TrainConfig", "train", "use_gpu"]
 
 Progress = Callable[[int, int, str], None]
 _TAIL_EVERY_S = 0.25
 
 
-def train(config: TrainConfig, progress: Progress | None = None) -> dict[str, Any]:
+class Stopped(Exception):
+    """Training was asked to end (SIGTERM, a draining cluster) and has, with its state on record; the same command goes on."""
+
+
+def train(config: TrainConfig, progress: Progress | None = None, say: Callable[[str], None] | None = None) -> dict[str, Any]:
     """Train as configured; the run's summary: steps, samples, samples_per_s, loss_first, loss_last, checkpoint, ….
 
-    `progress(done, total, note)` hears of finished steps, from another thread.
+    `progress(done, total, note)` hears of finished steps, from another thread; `say` of what happens to the fleet.
+    Raises BadInput, Stopped after SIGTERM, RuntimeError when trying again does not help.
     """
     if not config.shards:
         raise BadInput("shards", "the folder of a shard set", "nothing", "Write shards=DIR; `raysegment stage` makes one.")
     manifest = _present(config)
     config = _absolute(config.resolved(manifest))
     run = Run(config.out)
-    run.prepare(config)
-    _check_shards(run, config)
-    if (finished := run.finished()) is not None:
-        return finished
+    with _alone(run):
+        run.prepare(config)
+        _check_checkpoint(config)
+        if (finished := run.finished()) is not None:
+            return finished
+        return _train(config, run, manifest, progress, say or (lambda _: None))
+
+
+def _train(
+    config: TrainConfig, run: Run, manifest: Manifest, progress: Progress | None, say: Callable[[str], None]
+) -> dict[str, Any]:
     ensure_ray()
-    trainer = _trainer(config, run)
-    resumed_from = newest_valid(run.checkpoints)
-    run.event("start", pid=os.getpid(), workers=config.workers, steps=config.steps)
+    room = _room(config)
+    ladder = _ladder(config)
+    for line in ladder.lines():
+        say(line)
+    resumed_from = newest_valid(config.checkpoint_place)
+    run.event(
+        "start",
+        pid=os.getpid(),
+        workers=room.workers,
+        cells=list(config.elastic.cells),
+        steps=config.steps,
+        ladder=ladder.lines(),
+    )
     started = time.monotonic()
-    with _tail(run, config.steps, progress):
-        trainer.fit()
-    _check_complete(run, config)
+    fleet = Fleet(config, run, room, say)
+    with _tail(run, config.steps, progress), _ending_well(fleet):
+        status = fleet.run()
+    _check_complete(run, config, status)
     summary = _summary(run, config, manifest)
     summary |= {"seconds": time.monotonic() - started, "resumed_from": str(resumed_from) if resumed_from else None}
     run.event("end", steps=config.steps)
@@ -66,12 +92,61 @@ def train(config: TrainConfig, progress: Progress | None = None) -> dict[str, An
     return summary
 
 
+@contextmanager
+def _alone(run: Run) -> Iterator[None]:
+    """While inside, no other fleet works on the run's folder; BadInput when one does."""
+    run.folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(run.folder / "fleet.lock")
+    try:
+        lock.acquire(timeout=0)
+    except LockTimeout:
+        remedy = "Wait for it or stop it; or choose another folder as `out`."
+        raise BadInput(
+            run.folder, "a run folder that no other fleet works on", "one that is locked (fleet.lock)", remedy
+        ) from None
+    try:
+        yield
+    finally:
+        lock.release()
+        if run.untouched():
+            _remove_empty(run)
+
+
+def _remove_empty(run: Run) -> None:
+    """A folder in which nothing was begun leaves no trace."""
+    with suppress(OSError):
+        (run.folder / "fleet.lock").unlink(missing_ok=True)
+        run.folder.rmdir()
+
+
+@contextmanager
+def _ending_well(fleet: Fleet) -> Iterator[None]:
+    """While inside, SIGTERM ends training with a committed state instead of ending this process."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, lambda *_: fleet.stop("SIGTERM"))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _ladder(config: TrainConfig) -> Ladder:
+    """All time limits, checked against Ray Train's."""
+    ladder = Ladder(config.elastic.patience_s)
+    poll = float(os.environ.get("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", 2.0))
+    ladder.check(poll, float(os.environ.get("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", 60.0)))
+    return ladder
+
+
 def _present(config: TrainConfig) -> Manifest:
     """The shards' manifest; BadInput at once where more tiles are missing from its files than the run bears."""
     place = Place.of(config.shards)
-    if str(place) != place.text:
-        remedy = "Give credentials through the environment (AWS_ACCESS_KEY_ID, …): a run's configuration is written down"
-        raise BadInput("shards", "a URI without credentials", place, remedy)
+    for key, held in (("shards", place), ("checkpoint.place", Place.of(config.checkpoint_place))):
+        if str(held) != held.text:
+            remedy = "Give credentials through the environment (AWS_ACCESS_KEY_ID, …): a run's configuration is written down"
+            raise BadInput(key, "a URI without credentials", held, remedy)
     shards = ShardSet(place)
     lost = shards.lost()
     tiles, bearable = sum(lost.values()), allowed(config.feed.max_damaged, len(shards))
@@ -84,47 +159,45 @@ def _present(config: TrainConfig) -> Manifest:
 
 def _absolute(config: TrainConfig) -> TrainConfig:
     """Paths as the workers, elsewhere on the machine, can use them."""
-    return replace(config, shards=Place.of(config.shards).text, out=os.path.abspath(config.out))
+    held, out = config.checkpoint.place, config.validation.shards
+    checkpoint = replace(config.checkpoint, place=Place.of(held).text if held else "")
+    validation = replace(config.validation, shards=Place.of(out).text if out else "")
+    shards = Place.of(config.shards).text
+    return replace(config, shards=shards, out=os.path.abspath(config.out), checkpoint=checkpoint, validation=validation)
 
 
-def _check_shards(run: Run, config: TrainConfig) -> None:
-    newest = newest_valid(run.checkpoints)
+def _check_checkpoint(config: TrainConfig) -> None:
+    newest = newest_valid(config.checkpoint_place)
     if newest is not None:
-        check_shards(read_checkpoint(newest, training=False).facts, config)
-
-
-def _trainer(config: TrainConfig, run: Run) -> TorchTrainer:
-    """Ray Train's part. Its own bookkeeping is new for every call: what a run has reached is in our checkpoints alone."""
-    gpu = use_gpu(config)
-    per_worker = {"CPU": config.cpus_per_worker, **({"GPU": 1} if gpu else {})}
-    _check_room(config, per_worker)
-    return TorchTrainer(
-        work,
-        train_loop_config={"config": config},
-        torch_config=TorchConfig(backend="nccl" if gpu else "gloo", timeout_s=max(1, round(config.timeout_s))),
-        scaling_config=ScalingConfig(num_workers=config.workers, use_gpu=gpu, resources_per_worker=per_worker),
-        run_config=RunConfig(
-            name=f"{config.name}-{time.time_ns():x}",
-            storage_path=str(run.folder / "ray"),
-            failure_config=FailureConfig(max_failures=config.max_failures),
-        ),
-    )
+        check_same(read_checkpoint(newest, training=False).facts, config, newest)
 
 
 def use_gpu(config: TrainConfig) -> bool:
     """Whether the run's workers compute on GPUs, one each, of the cluster that this process is connected to."""
     if config.device == "auto":
-        return ray.cluster_resources().get("GPU", 0) >= config.workers
+        return ray.cluster_resources().get("GPU", 0) >= config.workers_per_cell
     return config.device == "cuda"
 
 
-def _check_room(config: TrainConfig, per_worker: dict[str, float]) -> None:
-    """A cluster that can never hold the workers would wait for ever; one that grows (RAY_ADDRESS set) may."""
+def _room(config: TrainConfig) -> Room:
+    """What a cell needs; BadInput where no cluster as it is could ever hold the least of them (one that grows may)."""
+    gpu = use_gpu(config)
+    room = Room(config.workers_per_cell, {"CPU": config.cpus_per_worker, **({"GPU": 1} if gpu else {})}, gpu)
+    if not os.environ.get("RAY_ADDRESS"):
+        _check_room(config, room)
+    return room
+
+
+def _check_room(config: TrainConfig, room: Room) -> None:
     total = ray.cluster_resources()
-    for kind, each in per_worker.items():
-        if each * config.workers > total.get(kind, 0) and not os.environ.get("RAY_ADDRESS"):
-            expected = f"at most the {total.get(kind, 0):g} {kind} there are"
-            raise BadInput("workers", expected, f"{config.workers} x {each:g}", "Ask for fewer workers, or cpus_per_worker=0.5.")
+    for kind, each in room.per_worker.items():
+        needed = each * room.workers
+        largest = max((node["Resources"].get(kind, 0) for node in ray.nodes() if node["Alive"]), default=0)
+        held, where = (largest, "on a node") if config.elastic.cells[1] > 1 else (total.get(kind, 0), "in the cluster")
+        if needed > held:
+            key = "elastic.workers_per_cell" if config.elastic.workers_per_cell else "workers"
+            expected = f"at most the {held:g} {kind} there are {where}"
+            raise BadInput(key, expected, f"{room.workers} x {each:g}", "Ask for fewer workers, or cpus_per_worker=0.5.")
 
 
 @contextmanager
@@ -153,14 +226,19 @@ def _follow(run: Run, total: int, progress: Progress, done: threading.Event) -> 
             progress(lines[-1]["step"] + 1, total, "" if loss is None else f"loss {loss:.4f}")
 
 
-def _check_complete(run: Run, config: TrainConfig) -> None:
-    """Workers that gave up return quietly; say what stopped them."""
-    newest = newest_valid(run.checkpoints)
-    if newest is not None and read_checkpoint(newest, training=False).facts.step >= config.steps:
-        return
-    cause = run.fruitless().cause
+def _check_complete(run: Run, config: TrainConfig, status: dict[str, Any]) -> None:
+    """Raise what ended training before its last step."""
+    cause = status["gave_up"]
     if cause is not None and cause["bad_input"]:
         raise BadInput(*cause["bad_input"])
+    newest = newest_valid(config.checkpoint_place)
+    step = read_checkpoint(newest, training=False).facts.step if newest is not None else 0
+    if step >= config.steps:
+        return
+    if cause is None and status["stopping"]:
+        raise Stopped(
+            f"{run.folder}: stopped ({status['stopping']}) after {step} of {config.steps} steps; the same command goes on"
+        )
     reason = cause["error"] if cause is not None else "none on record"
     raise RuntimeError(f"{run.folder}: gave up, starting again did not lead to a new step. Last failure: {reason}. "
                        f"See {run.events}; the same command tries again.")  # fmt: skip
@@ -168,17 +246,15 @@ def _check_complete(run: Run, config: TrainConfig) -> None:
 
 def _summary(run: Run, config: TrainConfig, manifest: Manifest) -> dict[str, Any]:
     """What the run's own files say about it."""
-    events, checkpoint = run.read_events(), newest_valid(run.checkpoints)
+    checkpoint = newest_valid(config.checkpoint_place)
     assert checkpoint is not None
-    count = {kind: sum(event["event"] == kind for event in events) for kind in ("start", "group", "fault")}
     flops = training_flops(initialise(config.network, 0), manifest.tile, config.network.channels)
     provenance = read_checkpoint(checkpoint, training=False).facts.provenance
     return {
         **summarise(read_lines(run.steps)[0], flops),
-        "workers": config.workers,
+        **run.account(config.steps, config.learn.global_batch),
+        "workers": config.workers_per_cell,
         "checkpoint": str(checkpoint),
-        "faults_survived": count["group"] - min(count["group"], count["start"]),
-        "faults_injected": count["fault"],
         "state_sha256": provenance["state_sha256"],
         "weights_sha256": provenance["weights_sha256"],
     }

@@ -1,102 +1,119 @@
-"""What each Ray Train worker does: take up the run where it stands, step by step to the end, leave a trace of it.
+"""What Ray Train runs in every worker of a cell: make everything ready, become a member, live (`loop`), say what went wrong.
 
-    resume → [wait for tiles → compute → exchange → commit → log → (checkpoint, report)] … → last checkpoint
-
-State is the same on all members, so the first member alone writes; that it wants to write after a step travels with the
-step's own exchange (`signal`), so that all members meet in `ray.train.report` without another message.
+Everything that takes time (imports, the network, a first pass through it, the newest state from memory or file) happens
+before the member asks for a place, so that those who train hardly notice.
 """
 
 from __future__ import annotations
 
-import hashlib
 import os
 import time
 import traceback
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+import uuid
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
+import ray
 import ray.train
 import ray.train.torch
 import torch
-import torch.distributed as dist
-from torch import Tensor
 
 from raysegment.archive.manifest import Manifest, manifest_bytes, set_id
 from raysegment.climate.checks import BadInput
-from raysegment.elastic.chaos import Fault, Plan
-from raysegment.elastic.checkpoints import Checkpoint, Facts, newest_valid, read_checkpoint, remove_orphans, write_checkpoint
-from raysegment.elastic.runs import Run, StepLog, last_step, mend
-from raysegment.elastic.settings import TrainConfig, plain
+from raysegment.elastic.chaos import Fault, Injector, Plan
+from raysegment.elastic.companion import Companion
+from raysegment.elastic.ladder import Ladder
+from raysegment.elastic.loop import Loop
+from raysegment.elastic.membership import Member, Over
+from raysegment.elastic.roster import Address
+from raysegment.elastic.runs import Run
+from raysegment.elastic.safe import Safe
+from raysegment.elastic.settings import TrainConfig
 from raysegment.feed.quarantine import FILE, Quarantine
-from raysegment.feed.stream import open_stream
-from raysegment.learning.exchange import Distributed
+from raysegment.feed.store import open_store
+from raysegment.feed.stream import make_stream
 from raysegment.learning.losses import class_weights
 from raysegment.learning.normalise import Normaliser
-from raysegment.learning.state import TrainState, capture, restore
-from raysegment.learning.step import Learner, StepInfo, initialise
-
-CHECKPOINT, REPORT = 1, 2  # what the first member may signal with a step
-_REPORT_EVERY_S = 10.0  # Ray Train takes one report per 2 s; more would make the step wait
+from raysegment.learning.step import Learner, initialise
 
 
-def work(settings: dict[str, Any]) -> None:
-    """The function that Ray Train runs in every worker; `settings["config"]` is a resolved TrainConfig."""
+def work(settings: Mapping[str, Any]) -> None:
+    """`settings`: the resolved TrainConfig as "config", the roster's actor handle, the cell's number and its driver's handle."""
     config: TrainConfig = settings["config"]
-    run, rank = Run(config.out), ray.train.get_context().get_world_rank()
+    started = time.perf_counter()
+    device = prepare_device(config)
+    learner = make_learner(config, Manifest.load(config.shards), device)
+    member = _member(config, settings["roster"], settings["cell"], device)
     try:
-        _work(config, run, rank)
+        _live(config, settings, learner, member, started)
     except Exception as error:
         bad = error.__reduce__()[1] if isinstance(error, BadInput) else None
-        what, trace = f"{type(error).__name__}: {error}", traceback.format_exc()[-4000:]
-        lasting = not isinstance(error, RuntimeError | OSError)  # those are also what survivors of a lost member get
-        run.event("failure", member=rank, error=what, lasting=lasting, bad_input=bad, trace=trace)
-        raise
+        lasting = not isinstance(error, RuntimeError | OSError)  # those may be the machine's, and gone with the next try
+        member.failed(f"{type(error).__name__}: {error}", lasting, bad, traceback.format_exc()[-4000:])
+        if not _given_up(member):
+            raise
+    finally:
+        member.close()
 
 
-def _work(config: TrainConfig, run: Run, rank: int) -> None:
-    started = time.perf_counter()
-    device = _device(config)
-    manifest = Manifest.load(config.shards)
-    if not _may_start(config, run, rank):
-        return
-    checkpoint = _newest_checkpoint(config, run, rank)
-    first, world = checkpoint.facts.step if checkpoint else 0, dist.get_world_size()
+def _given_up(member: Member) -> bool:
+    """Whether the roster, told of a failure, has ended the run: then this worker ends quietly, for Ray not to try again."""
+    deadline = time.monotonic() + member.ladder.silence_s
+    while time.monotonic() < deadline and not member.over and not member.away:
+        member.wait_for_change(0.1)
+    return member.over
+
+
+def _live(config: TrainConfig, settings: Mapping[str, Any], learner: Learner, member: Member, started: float) -> None:
+    manifest, run = Manifest.load(config.shards), Run(config.out)
+    learner.warm_up(*manifest.tile)
     quarantine = Quarantine(manifest.tiles, config.feed.max_damaged, run.folder / FILE)
     order = config.order(manifest)
-    stream = open_stream(config.shards, order, first, config.steps, rank, world, config.feed, quarantine)
-    learner = make_learner(config, manifest, device)
-    if checkpoint:
-        restore(learner, TrainState(checkpoint.weights, checkpoint.state, checkpoint.facts.training))
-    scribe = Scribe(config, run, manifest) if rank == 0 else None
-    if rank == 0:
-        name = checkpoint.path.name if checkpoint else None
-        run.event("ready", world=world, step=first, resumed_from=name, seconds=time.perf_counter() - started)
-    plan, before = Plan.parse(config.chaos), time.perf_counter()
-    for item in stream:
-        plan.fire(item.step, rank, run.folder / "chaos", lambda fault: _record(run, fault))
-        info = learner.run(item, signal=scribe.wishes(item.step) if scribe else 0)
-        now = time.perf_counter()
-        if scribe:
-            scribe.after(info, learner, now - before)
-        before = now
-        if info.signals & REPORT:
-            news = {"loss": info.loss, "lr": info.lr, "samples": info.samples, "quarantined": info.quarantined}
-            ray.train.report({"step": info.step, **news})
-    if scribe:
-        scribe.close(learner)
+    stream = make_stream(config.shards, order, config.steps, config.feed, quarantine)
+    safe = Safe(config, run, manifest, member, _node_id())
+    held_out = open_store(config.feed.source(config.validation.shards)) if config.validation.shards else None
+    injector = Injector(Plan.parse(config.chaos), run.folder / "chaos", lambda fault: _record(run, fault))
+    companion = Companion()
+    loop = Loop(config, run, member, learner, stream, order, safe, companion, injector, held_out, started=started)
+    loop.cell_fault = _elsewhere(settings)
+    safe.on_write = loop.at_checkpoint
+    try:
+        loop.run()
+    except Over:
+        pass  # the others have finished
+    finally:
+        stream.close()
+        safe.stop()
+    _last_report(companion, learner, config, member.ladder.meeting_s)
+
+
+def _member(config: TrainConfig, roster: Any, cell: int, device: torch.device) -> Member:
+    def find() -> Address:
+        return ray.get(roster.address.remote())
+
+    rank = ray.train.get_context().get_world_rank()
+    facts = {"node": _node_id(), "cell": cell, "worker": rank}
+    host, ladder = ray.util.get_node_ip_address(), Ladder(config.elastic.patience_s)
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    return Member(find, f"{cell}.{rank}-{uuid.uuid4().hex[:8]}", facts, ladder, host, backend)
+
+
+def _node_id() -> str:
+    return ray.get_runtime_context().get_node_id()
 
 
 def make_learner(config: TrainConfig, manifest: Manifest, device: torch.device | str) -> Learner:
-    """A fresh learner in the process group of this worker."""
+    """A fresh learner, of a world of one as long as no generation says otherwise."""
     network = initialise(config.network, config.learn.seed)
     normaliser = Normaliser.of(manifest.mean, [max(std, 1e-30) for std in manifest.std], config.channel_names)
     weights = class_weights(manifest.class_counts, config.learn.loss.weights)
-    return Learner(network, config.learn, normaliser, weights, Distributed(), device)
+    return Learner(network, config.learn, normaliser, weights, None, device)
 
 
-def _device(config: TrainConfig) -> torch.device:
-    """The worker's device, prepared: as many threads as CPUs were asked for, kernels that give the same bits each time."""
+def prepare_device(config: TrainConfig) -> torch.device:
+    """The worker's device, with what equal bits need: a fixed number of threads (as many as CPUs were asked for, whatever
+    the machine has), kernels that give the same result each time (cuDNN's and cuBLAS's on GPUs), no search for the fastest."""
     torch.set_num_threads(config.threads)
     device = ray.train.torch.get_device()
     assert isinstance(device, torch.device)
@@ -111,119 +128,32 @@ def _device(config: TrainConfig) -> torch.device:
     return device
 
 
-def _may_start(config: TrainConfig, run: Run, rank: int) -> bool:
-    """False (everywhere) when groups of this run keep failing without a new step: trying again would not help."""
-    verdict: list[bool] = [True]
-    if rank == 0:
-        verdict[0] = not run.fruitless().hopeless(config.max_fruitless)
-        mend(run.steps)
-        run.event("group" if verdict[0] else "gave_up", world=dist.get_world_size(), high_water=last_step(run.steps))
-    dist.broadcast_object_list(verdict, src=0)
-    return verdict[0]
+def _last_report(companion: Companion, learner: Learner, config: TrainConfig, timeout_s: float) -> None:
+    """Give Ray Train the final weights as its checkpoint: `Result.checkpoint` and `Result.metrics` are what users expect."""
+    complete = learner.committed == config.steps
+    news = {**companion.news, "step": learner.committed - 1, "complete": complete}
 
+    def write(folder: Path) -> None:
+        torch.save(learner.network.state_dict(), folder / "weights.pt")
 
-def _newest_checkpoint(config: TrainConfig, run: Run, rank: int) -> Checkpoint | None:
-    """The newest whole checkpoint, the one that the first member sees; None at the beginning."""
-    name: list[str | None] = [None]
-    if rank == 0:
-        remove_orphans(run.checkpoints)
-        newest = newest_valid(run.checkpoints)
-        name[0] = newest.name if newest else None
-    dist.broadcast_object_list(name, src=0)
-    if name[0] is None:
-        return None
-    checkpoint = read_checkpoint(run.checkpoints / name[0])
-    check_shards(checkpoint.facts, config)
-    return checkpoint
-
-
-def check_shards(facts: Facts, config: TrainConfig) -> None:
-    was, now = facts.provenance.get("manifest_sha256"), manifest_sha256(config.shards)
-    if was != now:
-        expected, remedy = f"the shards that the run began with (manifest {was})", "Continue with those, or start a new run."
-        raise BadInput(config.shards, expected, f"manifest {now}", remedy)
-
-
-def manifest_sha256(shards: str) -> str:
-    """Identity of the shard set in a folder or below a URI."""
-    return set_id(manifest_bytes(shards))
-
-
-def state_sha256(weights: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> str:
-    """SHA-256 over names, types, shapes and bytes of all tensors: equal exactly when the states are."""
-    digest = hashlib.sha256()
-    for kind, tensors in (("weights", weights), ("state", state)):
-        for name in sorted(tensors):
-            tensor = tensors[name].detach().cpu().contiguous()
-            digest.update(f"{kind}/{name}/{tensor.dtype}/{tuple(tensor.shape)}/".encode())
-            digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
+    companion.end(news, write if complete else None, timeout_s)
 
 
 def _record(run: Run, fault: Fault) -> None:
     run.event("fault", fault=str(fault), step=fault.step, member=fault.member)
 
 
-@dataclass
-class Scribe:
-    """The first member's hand: logs steps, decides when to write state, writes it."""
+def _elsewhere(settings: Mapping[str, Any]) -> Callable[[Fault], None]:
+    """Faults of other processes: the roster's, the cell's driver's."""
 
-    config: TrainConfig
-    run: Run
-    manifest: Manifest
-    written: float = field(default_factory=time.monotonic)  # when state was last written
-    reported: float = field(default_factory=time.monotonic)
-    pause_s: float = 0.0  # seconds of writing since the last step
+    def inflict(fault: Fault) -> None:
+        victim = settings["roster"] if fault.kind == "roster" else settings.get("driver")
+        if victim is not None:
+            ray.kill(victim, no_restart=False) if fault.kind == "roster" else ray.kill(victim)
 
-    def __post_init__(self) -> None:
-        self.log = StepLog(self.run.steps)
-        self.manifest_sha256 = manifest_sha256(self.config.shards)
+    return inflict
 
-    def wishes(self, step: int) -> int:
-        """What should happen after a step: CHECKPOINT, REPORT, both or nothing."""
-        when, now = self.config.checkpoint, time.monotonic()
-        last = step + 1 == self.config.steps
-        due = (step + 1) % when.every_steps == 0 if when.every_steps else now - self.written >= when.every_s
-        report = now - self.reported >= _REPORT_EVERY_S
-        if report:
-            self.reported = now
-        return (CHECKPOINT if due and not last else 0) + (REPORT if report else 0)
 
-    def after(self, info: StepInfo, learner: Learner, step_s: float) -> None:
-        """Log a step that is committed; write state if that was wished. That pause is part of the next step's seconds."""
-        times = {"step_s": step_s, "checkpoint_s": self.pause_s, "time": time.time()}
-        cursor = info.step * self.config.learn.global_batch
-        self.log.write(info.step, {**asdict(info), "cursor": cursor, "world": learner.world.size, **times})
-        self.pause_s = 0.0
-        if info.signals & CHECKPOINT:
-            started = time.perf_counter()
-            self.checkpoint(learner)
-            self.pause_s = time.perf_counter() - started
-
-    def checkpoint(self, learner: Learner) -> None:
-        """Write the learner's state as it is between two steps; the log of its steps is on the disk before."""
-        self.log.sync()
-        started, state, held = time.perf_counter(), capture(learner), self.manifest
-        provenance = {
-            "run": self.config.name,
-            "manifest_sha256": self.manifest_sha256,
-            "labels": held.labels,
-            "class_weights": learner.weights.tolist(),
-            "weights_sha256": state_sha256(state.weights, {}),
-            "state_sha256": state_sha256(state.weights, state.tensors),
-            "config": plain(self.config),
-            "torch": torch.__version__,
-        }
-        facts = Facts(
-            step=state.facts["step"], cursor=state.facts["cursor"], network=self.config.network,
-            channels=learner.normaliser.names, mean=learner.normaliser.mean, std=learner.normaliser.std,
-            spacing_deg=held.spacing_deg, classes=held.classes, provenance=provenance, training=state.facts,
-        )  # fmt: skip
-        path = write_checkpoint(self.run.checkpoints, facts, state.weights, state.tensors, self.config.checkpoint.keep)
-        self.written = time.monotonic()
-        self.run.event("checkpoint", step=facts.step, path=path.name, seconds=time.perf_counter() - started)
-
-    def close(self, learner: Learner) -> None:
-        """The last state, and the end of the log."""
-        self.checkpoint(learner)
-        self.log.close()
+def manifest_sha256(shards: str) -> str:
+    """Identity of the shard set in a folder or below a URI."""
+    return set_id(manifest_bytes(shards))

@@ -21,3 +21,24 @@ def direct_steps(
         started = time.perf_counter()
         batches = [gather(store, order, p, quarantine, buffers) for p in order.micro_batches(step, rank, world_size)]
         yield StepInput(step, batches, time.perf_counter() - started)
+
+
+class DirectStream:
+    """What `stream.Stream` is, without threads: `rank`'s share of steps up to `last_step`, under one plan after the other."""
+
+    def __init__(self, store: TileStore, order: Order, last_step: int, quarantine: Quarantine):
+        self._store, self._order, self._last, self._quarantine = store, order, last_step, quarantine
+        self._steps: Iterator[StepInput] = iter(())
+
+    def replan(self, step: int, rank: int, world_size: int) -> None:
+        """From now on the share of `rank` in a group of `world_size`, beginning with `step`."""
+        self._steps = direct_steps(self._store, self._order, step, self._last, rank, world_size, self._quarantine)
+
+    def __iter__(self) -> Iterator[StepInput]:
+        return self
+
+    def __next__(self) -> StepInput:
+        return next(self._steps)
+
+    def close(self) -> None:
+        """Nothing to end."""

@@ -23,7 +23,7 @@ import ray
 from raysegment.archive.places import Place
 from raysegment.feed.ahead import Ahead
 from raysegment.feed.batches import MicroBatch, StepInput
-from raysegment.feed.direct import direct_steps
+from raysegment.feed.direct import DirectStream
 from raysegment.feed.gather import Buffers, gather
 from raysegment.feed.order import Line, Order
 from raysegment.feed.quarantine import Quarantine
@@ -106,8 +106,7 @@ class Stream:
 
     def __next__(self) -> StepInput:
         if self._line is None or self._step >= self._last:
-            self.close()
-            raise StopIteration
+            raise StopIteration  # `replan` may still begin again; whoever owns the stream closes it
         started = time.perf_counter()
         share = [self._next_micro_batch() for _ in range(self._line.per_step)]
         item = StepInput(self._step, share, time.perf_counter() - started)
@@ -153,6 +152,16 @@ class Stream:
         return self._order.micro_batch * self._store.tile_bytes
 
 
+def make_stream(
+    shards: str | Path | Place, order: Order, last_step: int, config: FeedConfig, quarantine: Quarantine
+) -> Stream | DirectStream:
+    """A stream of `order` over a shard set up to `last_step`; `replan` sets it going. Damaged tiles go into `quarantine`."""
+    store = TileStore(config.source(shards))
+    if config.kind == "direct":
+        return DirectStream(store, order, last_step, quarantine)
+    return Stream(store, order, last_step, config, quarantine)
+
+
 def open_stream(
     shards: str | Path | Place,
     order: Order,
@@ -162,17 +171,14 @@ def open_stream(
     world_size: int = 1,
     config: FeedConfig | None = None,
     quarantine: Quarantine | None = None,
-) -> Iterator[StepInput]:
+) -> Stream | DirectStream:
     """`rank`'s share of the steps [first_step, last_step) of `order` over a shard set, step by step.
 
     Damaged tiles go into `quarantine` (one of this stream's own unless given). Without a Ray that this process is
     connected to, the stream's threads read alone.
     """
     config = config or FeedConfig()
-    store = TileStore(config.source(shards))
-    quarantine = Quarantine(store.manifest.tiles, config.max_damaged) if quarantine is None else quarantine
-    if config.kind == "direct":
-        return direct_steps(store, order, first_step, last_step, rank, world_size, quarantine)
-    stream = Stream(store, order, last_step, config, quarantine)
+    quarantine = Quarantine(order.tiles, config.max_damaged) if quarantine is None else quarantine
+    stream = make_stream(shards, order, last_step, config, quarantine)
     stream.replan(first_step, rank, world_size)
     return stream

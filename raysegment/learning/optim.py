@@ -122,7 +122,8 @@ class Optimizer:
         config, flat, lr = self.config, self.flat, learning_rate(step, self.config)
         if config.clip_norm:
             clip_(gradient, config.clip_norm)
-        flat.grads.copy_(gradient)
+        if gradient is not flat.grads:
+            flat.grads.copy_(gradient)
         if config.larc and config.optimizer == "sgd":
             larc_gradient_(_layers(flat, flat.values), _layers(flat, flat.grads), lr, config)
             self._step(lr)

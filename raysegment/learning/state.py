@@ -26,7 +26,8 @@ class TrainState:
 
 
 def capture(learner: Learner) -> TrainState:
-    """A learner's state between two steps, copied to the CPU."""
+    """A learner's state between two steps, copied to the CPU; it must be settled."""
+    assert learner.settled, "a step is under way: settle first"
     flat, vectors = learner.flat, learner.optimizer.vectors()
     average = vectors.pop("ema", None)
     if learner.lagged is not None:
@@ -42,6 +43,7 @@ def capture(learner: Learner) -> TrainState:
         "updates": learner.optimizer.count,
         "loss_scale": learner.scale.value,
         "good_steps": learner.scale.good,
+        "loss_scale_before": learner.scale.before,
     }
     return TrainState(weights, tensors, facts)
 
@@ -63,8 +65,57 @@ def restore(learner: Learner, state: TrainState) -> None:
         vectors["ema"] = flat.values.clone()  # `weights` held the average
         flat.values.copy_(own)
     learner.optimizer.load(vectors, int(state.facts["updates"]))
-    learner.step = int(state.facts["step"])
-    learner.scale.value, learner.scale.good = float(state.facts["loss_scale"]), int(state.facts["good_steps"])
+    learner.step = learner.committed = int(state.facts["step"])
+    _set_scale(learner, state.facts)
+
+
+def live(learner: Learner) -> dict[str, Tensor]:
+    """The learner's own tensors as they lie, no copies, in an order that follows from `facts` and the configuration.
+
+    For a member that joins or fell behind: after `adopt` it copies another member's into its own, one by one.
+    """
+    found = {"values": learner.flat.values}
+    for number, part in enumerate(learner.optimizer.parts):
+        state = learner.optimizer.torch.state[part]
+        found |= {f"{name}.{number}": state[name] for name in sorted(state) if name != "step"}
+    counts = {f"tracked.{i}": norm.num_batches_tracked for i, norm in enumerate(learner.statistics.norms)}
+    optional = {"ema": learner.optimizer.ema, "lagged": learner.lagged, "previous": learner.previous}
+    found |= {"statistics": learner.statistics.values}
+    return found | {name: tensor for name, tensor in (*counts.items(), *optional.items()) if tensor is not None}
+
+
+def facts(learner: Learner) -> dict[str, Any]:
+    """What `adopt` must know, readable as JSON. The learner has no exchange under way: it is settled, or interrupted."""
+    assert not learner.under_way, "a step is under way: settle or interrupt first"
+    return {
+        "step": learner.step,
+        "committed": learner.committed,
+        "updates": learner.optimizer.count,
+        "loss_scale": learner.scale.value,
+        "good_steps": learner.scale.good,
+        "loss_scale_before": learner.scale.before,
+        "redoing": learner.redoing,
+        "lagged": learner.lagged is not None,
+        "previous": learner.previous is not None,
+    }
+
+
+def adopt(learner: Learner, facts: dict[str, Any]) -> None:
+    """Stand where another member of the same configuration stands, but for the values in `live`, which are to be copied."""
+    learner.interrupt()  # whatever was under way
+    like = learner.flat.values
+    learner.lagged = torch.zeros_like(like) if facts["lagged"] else None
+    learner.previous = torch.zeros_like(like) if facts["previous"] else None
+    learner.redoing = bool(facts["redoing"])
+    learner.step, learner.committed = int(facts["step"]), int(facts["committed"])
+    learner.optimizer.load({}, int(facts["updates"]))
+    _set_scale(learner, facts)
+
+
+def _set_scale(learner: Learner, facts: dict[str, Any]) -> None:
+    scale = learner.scale
+    scale.value, scale.good = float(facts["loss_scale"]), int(facts["good_steps"])
+    scale.before = float(facts.get("loss_scale_before", scale.value))  # files of earlier versions lack it
 
 
 def _plain(tensor: Tensor) -> Tensor:

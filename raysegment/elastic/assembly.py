@@ -1,0 +1,292 @@
+"""Who is a member: the rules of membership, pure (no clock, no sockets), as a machine that hears and answers.
+
+    seat      somebody connected; ready when it waits for a place in the next generation
+    member    a seat with a rank in the current generation
+    broken    a generation that has lost a member, or must let one in; its members stop at once and meet again
+
+A generation is formed from all who are ready as soon as nobody is missing who still belongs to it. It goes on from the state
+of one of them, the source: a member of the generation before it, of those the one with most steps committed; without any,
+whoever brought most (from memory kept on its node, from a file). Everybody else whose state may differ is given the source's.
+Numbers of generations only grow.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from statistics import median
+from typing import Any
+
+from raysegment.elastic.ladder import Ladder
+from raysegment.elastic.paces import Pace, Straggler, find_stragglers
+
+Message = dict[str, Any]
+
+
+@dataclass
+class Seat:
+    """Somebody connected: who and where it is, what it has, when it was last heard."""
+
+    uid: str
+    facts: Mapping[str, Any]  # node, host, cell, pid, store: as the member says
+    seen: float
+    entered: float = 0.0
+    ready: bool = False
+    committed: int = 0  # steps in its state
+    origin: str = "new"  # where its state is from: "new", "file", "kept", or "generation" (it was a member)
+    lineage: int = 0  # the generation in which it was last a member
+    mark: tuple[int, int] = (-1, 0)  # step and phase it has reached in this generation
+    marked: float = 0.0
+    pace: Pace = field(default_factory=Pace)
+
+
+@dataclass
+class Assembly:
+    """The machine. Calls tell it what happened and when; `out` collects (uid, message) to send, `notes` what to record.
+
+    `least` and `most` members make a generation; the first one waits a moment for more than the least.
+    """
+
+    ladder: Ladder
+    least: int = 1
+    most: int = 1
+    generation: int = 0
+    logged: int = 0  # steps in the log
+    members: list[str] = field(default_factory=list)  # of the current generation, by rank
+    seats: dict[str, Seat] = field(default_factory=dict)
+    broken: bool = True
+    stopping: str = ""
+    done: bool = False
+    eject_stragglers: bool = False
+    out: list[tuple[str, Message]] = field(default_factory=list)
+    notes: list[Message] = field(default_factory=list)
+    _broken_at: float = 0.0
+    _arrived: float | None = None  # when the last of those who wait for a first generation arrived
+    _gone: dict[str, float] = field(default_factory=dict)  # let go while their processes live, since when
+    _waits: str = ""
+    _resumed: float = 0.0
+    _appointed: bool = False  # whether this machine has ever appointed anybody
+
+    def resume(self, generation: int, members: list[str], now: float) -> None:
+        """Take up a generation that another arbiter appointed; its members have a moment to come back, then it is broken."""
+        self.generation, self.members, self.broken, self._resumed = generation, list(members), not members, now
+
+    # ------------------------------------------------------------ what members say
+
+    def enter(self, uid: str, facts: Mapping[str, Any], now: float) -> None:
+        """Somebody has connected; a member that had lost its connection keeps its place when it names the generation."""
+        self._gone.pop(uid, None)
+        seat = Seat(uid, facts, now, now, lineage=int(facts.get("generation", 0)))
+        self.seats[uid] = seat
+        kept = bool(facts.get("holds")) and uid in self.members and seat.lineage == self.generation and not self.broken
+        seat.marked = now
+        self._send(uid, "welcome", logged=self.logged, generation=self.generation if kept else 0)
+        if self.done:
+            self._send(uid, "done")
+        elif self.stopping:
+            self._send(uid, "stop", why=self.stopping)
+
+    def exit(self, uid: str, why: str, now: float) -> None:
+        """A connection is gone, or a member takes its leave."""
+        if self.seats.pop(uid, None) is None:
+            return
+        if not self.done:
+            rank = self.members.index(uid) if uid in self.members else None
+            self._note("lost", member=uid, rank=rank, why=why)
+            if rank is not None:
+                self._break(f"{uid}: {why}", now)
+        self._form(now)
+
+    def beat(self, uid: str, now: float) -> None:
+        """A sign of life of a member's process."""
+        if uid in self.seats:
+            self.seats[uid].seen = now
+
+    def ready(self, uid: str, committed: int, origin: str, now: float) -> None:
+        """A seat waits for a place in the next generation, with a state of so many steps."""
+        seat = self.seats.get(uid)
+        if seat is None:
+            return
+        seat.ready, seat.committed, seat.origin, seat.seen, self._arrived = True, committed, origin, now, now
+        if uid in self.members:
+            self._break(f"{uid} asks for a new generation", now)
+        elif not self.broken:
+            for member in self.members:
+                self._send(member, "pending")
+        self._form(now)
+
+    def reached(self, uid: str, generation: int, mark: tuple[int, int], pace: Mapping[str, float], now: float) -> None:
+        """A member has done its own part of a step and waits for the others; `pace` says what took its time."""
+        seat = self.seats.get(uid)
+        if seat is None or generation != self.generation or uid not in self.members:
+            return
+        seat.mark, seat.marked, seat.seen = mark, now, now
+        if pace:
+            seat.pace.add(pace)
+
+    def is_current(self, uid: str, generation: int) -> bool:
+        """Whether a member may still commit: it has a place in the generation it names, and that one is the newest."""
+        return generation == self.generation and uid in self.members and uid in self.seats
+
+    # ------------------------------------------------------------ what the fleet says
+
+    def stop(self, why: str) -> None:
+        """Everybody commits what there is and ends."""
+        if not self.stopping:
+            self.stopping = why
+            self._note("stop", why=why)
+            for uid in self.seats:
+                self._send(uid, "stop", why=why)
+
+    def finish(self) -> None:
+        """Training is done: nobody is waited for any more."""
+        if not self.done:
+            self.done = True
+            for uid in self.seats:
+                self._send(uid, "done")
+
+    # ------------------------------------------------------------ time
+
+    def tick(self, now: float) -> None:
+        """Whatever has become due: silence, lateness, those who do not come to a meeting or do not return."""
+        if self.done:
+            return
+        for uid, why in list(self._overdue(now)):
+            self._let_go(uid, why, now)
+        missing = [uid for uid in self.members if uid not in self.seats]
+        if not self.broken and missing and now - self._resumed > self.ladder.meeting_s:
+            self._note("lost", member=missing[0], rank=self.members.index(missing[0]), why="did not come back to the new roster")
+            self._break(f"{missing[0]}: did not come back", now)
+        for uid, since in list(self._gone.items()):
+            if now - since > self.ladder.return_s:
+                del self._gone[uid]
+                self._note("replace", member=uid)
+                self._send(uid, "replace")
+        self._form(now)
+
+    def look_for_stragglers(self, now: float) -> None:
+        """Name members that need more than three times as long as is usual, and let them go if that is wished."""
+        paces = {uid: self.seats[uid].pace for uid in self.members if uid in self.seats}
+        for found in find_stragglers(paces):
+            self._name(found, now)
+
+    def _name(self, found: Straggler, now: float) -> None:
+        seat = self.seats[found.uid]
+        rank, node = self.members.index(found.uid), seat.facts.get("node")
+        shares = {"load_share": found.load_share, "compute_share": 1 - found.load_share}
+        ejected = self.eject_stragglers and len(self.members) > self.least
+        self._note(
+            "straggler", member=found.uid, rank=rank, node=node, factor=found.factor, cause=found.cause, ejected=ejected, **shares
+        )
+        if ejected:
+            self._let_go(found.uid, f"{found.factor:.1f} times slower than the median", now)
+            self._gone.pop(found.uid, None)
+            self._send(found.uid, "replace")
+
+    def _overdue(self, now: float) -> Iterator[tuple[str, str]]:
+        ladder = self.ladder
+        for uid, seat in self.seats.items():
+            if now - seat.seen > ladder.silence_s:
+                yield uid, f"silent for {now - seat.seen:.1f} s"
+        living = [uid for uid in self.members if uid in self.seats]
+        if self.broken:
+            limit = ladder.meeting_s + 3 * self._usual_s()
+            for uid in living:
+                since = max(self._broken_at, self.seats[uid].entered)
+                if not self.seats[uid].ready and now - since > limit:
+                    yield uid, f"not at the meeting after {now - since:.1f} s"
+        else:
+            yield from self._late(living, now)
+
+    def _late(self, living: list[str], now: float) -> Iterator[tuple[str, str]]:
+        """Members that all others have been waiting for too long."""
+        newest = max((self.seats[uid].mark for uid in living), default=(-1, 0))
+        late = [uid for uid in living if self.seats[uid].mark < newest]
+        there = [uid for uid in living if uid not in late]
+        if not late or not there:
+            return
+        since = max(self.seats[uid].marked for uid in there)  # all but the late ones wait since then
+        if now - since > max(self.ladder.lateness_s, 10 * self._usual_s()):
+            for uid in late:
+                yield uid, f"{now - since:.1f} s late at step {newest[0]}"
+
+    def _usual_s(self) -> float:
+        """The usual seconds of a member's own part of a step, 0 as long as nobody has said."""
+        times = [seat.pace.step_s for seat in self.seats.values() if seat.pace.count]
+        return median(times) if times else 0.0
+
+    # ------------------------------------------------------------ generations
+
+    def _let_go(self, uid: str, why: str, now: float) -> None:
+        """Go on without somebody who is connected; it may come back, as one who must be brought up to date."""
+        self._send(uid, "ejected", why=why)
+        self._gone[uid] = now
+        self.exit(uid, why, now)
+
+    def _break(self, why: str, now: float) -> None:
+        if self.broken:
+            return
+        self.broken, self._broken_at = True, now
+        self._note("broken", generation=self.generation, why=why)
+        for uid in self.members:
+            self._send(uid, "broken", generation=self.generation)
+
+    def _form(self, now: float) -> None:
+        """The next generation, if the time has come."""
+        if self.done or not self.broken:
+            return
+        old = [uid for uid in self.members if uid in self.seats]
+        if not all(self.seats[uid].ready for uid in old):
+            return
+        waiting = sorted(uid for uid, seat in self.seats.items() if seat.ready)
+        if len(waiting) < self.least:
+            if waiting or self._appointed:
+                self._say_waiting(len(waiting))
+            return
+        fresh = not old and len(waiting) < self.most  # nobody is held up: a moment for those who start together
+        if fresh and self._arrived is not None and now - self._arrived < self.ladder.silence_s:
+            return
+        self._appoint(old + [uid for uid in waiting if uid not in old])
+
+    def _say_waiting(self, there: int) -> None:
+        waits = f"{there} of at least {self.least} members are there"
+        if waits != self._waits:
+            self._waits = waits
+            self._note("waits", why=waits, there=there, least=self.least)
+
+    def _appoint(self, order: list[str]) -> None:
+        source, behind = self._source(order)
+        self.generation, self._waits = self.generation + 1, ""
+        joined = [uid for uid in order if uid not in self.members]
+        self.members, self.broken, self._appointed = order, False, True
+        top = self.seats[source]
+        self._note(
+            "generation", generation=self.generation, members=order, committed=top.committed, origin=top.origin, source=source,
+            brought_up=behind, joined=joined, repeated=max(0, self.logged - top.committed),
+        )  # fmt: skip
+        nodes = [self.seats[uid].facts.get("node") for uid in order]
+        common = {
+            "generation": self.generation, "size": len(order), "committed": top.committed, "logged": self.logged,
+            "source": order.index(source), "behind": [order.index(uid) for uid in behind],
+            "store": self.seats[order[0]].facts.get("store"),
+        }  # fmt: skip
+        for rank, uid in enumerate(order):
+            seat = self.seats[uid]
+            seat.ready, seat.lineage, seat.mark, seat.marked = False, self.generation, (-1, 0), seat.seen
+            self._send(uid, "generation", rank=rank, keeps=nodes.index(nodes[rank]) == rank, **common)
+
+    def _source(self, order: list[str]) -> tuple[str, list[str]]:
+        """Whose state counts, and whose may differ from it."""
+        seats = [self.seats[uid] for uid in order]
+        heirs = [seat for seat in seats if seat.origin == "generation" and seat.lineage == self.generation and self.generation]
+        source = max(heirs or seats, key=lambda seat: seat.committed)
+        same = [seat for seat in heirs if seat.committed == source.committed]
+        if not heirs and source.origin == "new":
+            same = seats  # everybody begins with the same weights
+        return source.uid, [seat.uid for seat in seats if seat is not source and seat not in same]
+
+    def _send(self, uid: str, op: str, **facts: Any) -> None:
+        self.out.append((uid, {"op": op, **facts}))
+
+    def _note(self, event: str, **facts: Any) -> None:
+        self.notes.append({"event": event, **facts})

@@ -1,0 +1,344 @@
+"""The roster: the one process that says who is a member, writes the log of steps and publishes checkpoints.
+
+`Roster` serves an `Assembly` over TCP; `RosterActor` runs it in a Ray actor, which Ray starts again when it dies. Members
+keep on training meanwhile and come back. Everything that counts as done is done here, by the one holder of the run's lock,
+and only for members of the newest generation: a member that is cut off can compute, but not commit.
+
+The journal (roster.json in the run's folder) is on the disk before a generation is announced, so numbers never go back.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import secrets
+import signal
+import time
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+from filelock import FileLock
+from filelock import Timeout as LockTimeout
+
+from raysegment.archive.files import committed
+from raysegment.archive.places import Place
+from raysegment.climate.checks import BadInput
+from raysegment.elastic.assembly import Assembly
+from raysegment.elastic.checkpoints import Draft, prune, publish, remove_orphans
+from raysegment.elastic.ladder import Ladder
+from raysegment.elastic.runs import Run, StepLog
+from raysegment.elastic.settings import TrainConfig
+from raysegment.elastic.verdict import Verdict
+from raysegment.elastic.wire import BEAT, LIMIT, MEMBER, ROSTER, answer, nonce, pack, proves
+
+_TICK_S, _STRAGGLERS_EVERY_S = 0.05, 2.0
+
+
+@dataclass(frozen=True)
+class Address:
+    """Where the roster listens, and what proves that somebody may speak to it."""
+
+    host: str
+    port: int
+    token: str
+
+
+class Roster:
+    """The server. `news` holds all that happened since this process began, in order; the run's events file has it too."""
+
+    def __init__(self, config: TrainConfig, host: str, resume: bool = False):
+        elastic = config.elastic
+        self.run, self.config, self.host, self.token = Run(config.out), config, host, secrets.token_hex(32)
+        self.ladder = Ladder(elastic.patience_s)
+        self.checkpoints = Place.of(config.checkpoint_place)
+        self.lock = FileLock(self.run.folder / "roster.lock")
+        with suppress(LockTimeout):
+            self.lock.acquire(timeout=self.ladder.absence_s)
+        if not self.lock.is_locked:
+            remedy = "Wait until it has ended, or end it; then run the same command again."
+            raise BadInput(self.run.folder, "a run that nobody else writes", "another roster holds roster.lock", remedy)
+        self.log = StepLog(self.run.steps)
+        self.verdict = Verdict(config.max_fruitless)
+        least, most = elastic.cells[0] * config.workers_per_cell, elastic.cells[1] * config.workers_per_cell
+        self.assembly = Assembly(
+            self.ladder, least, most, logged=self.log.high_water + 1, eject_stragglers=elastic.eject_stragglers
+        )
+        before = self._journal()
+        self.assembly.resume(before["generation"], before["members"] if resume else [], time.monotonic())
+        self.lines: dict[str, asyncio.StreamWriter] = {}  # of members
+        self.beats: dict[str, asyncio.StreamWriter] = {}
+        self.news: list[dict[str, Any]] = []
+        self.repeated = 0
+        self.gave_up: dict[str, Any] | None = None
+        self._asleep = 0.0
+
+    async def start(self) -> Address:
+        """Listen; the address for members."""
+        server = await asyncio.start_server(self._client, self.host, 0, limit=LIMIT)
+        self._server, self._ticking = server, asyncio.get_running_loop().create_task(self._tick())
+        return Address(self.host, server.sockets[0].getsockname()[1], self.token)
+
+    def stop(self, why: str) -> None:
+        """Have everybody commit and end."""
+        self.assembly.stop(why)
+        self._deliver()
+
+    def inflict(self, uid: str, order: Mapping[str, Any]) -> bool:
+        """Pass an order (chaos: kill, stop, cont, term, …) to the process beside a member; False when there is none."""
+        line = self.beats.get(uid)
+        if line is None:
+            return False
+        line.write(pack(dict(order)))
+        return True
+
+    # ------------------------------------------------------------ connections
+
+    async def _client(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        uid, role = "", ""
+        try:
+            hello = await asyncio.wait_for(self._greet(reader, writer), self.ladder.forming_s)
+            if hello is None:
+                return
+            uid, role = str(hello["uid"]), hello["role"]
+            await (self._beats(uid, reader, writer) if role == BEAT else self._member(uid, hello, reader, writer))
+        except (TimeoutError, OSError, ValueError, KeyError, TypeError, asyncio.IncompleteReadError):
+            pass  # a line that breaks off or makes no sense ends like one that is closed
+        finally:
+            held = self.beats if role == BEAT else self.lines
+            if held.get(uid) is writer:
+                del held[uid]
+                if role == MEMBER:
+                    self.assembly.exit(uid, "connection lost", time.monotonic())
+                    self._deliver()
+            writer.close()
+
+    async def _greet(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> dict[str, Any] | None:
+        """The first message of somebody who knows the token; None for anybody else."""
+        challenge = nonce()
+        writer.write(pack({"nonce": challenge}))
+        hello = json.loads(await reader.readline())
+        role = hello.get("role")
+        if role not in (MEMBER, BEAT) or not proves(self.token, role, challenge, hello.get("proof")):
+            self.record({"event": "refused", "why": "wrong token", "from": str(writer.get_extra_info("peername"))})
+            return None
+        writer.write(pack({"proof": answer(self.token, ROSTER, str(hello.get("nonce")))}))
+        return hello
+
+    async def _beats(self, uid: str, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.beats[uid] = writer
+        while await reader.readline():
+            self.assembly.beat(uid, time.monotonic())
+
+    async def _member(self, uid: str, hello: dict[str, Any], reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        old = self.lines.get(uid)
+        self.lines[uid] = writer
+        if old is not None:
+            old.close()
+        self.assembly.enter(uid, hello["facts"], time.monotonic())
+        self._deliver()
+        while line := await reader.readline():
+            if self.lines.get(uid) is not writer:
+                return
+            await self._hear(uid, json.loads(line))
+            self._deliver()
+
+    async def _hear(self, uid: str, message: dict[str, Any]) -> None:
+        """What a member says."""
+        now, op = time.monotonic(), message["op"]
+        if op == "at":
+            mark = (int(message["mark"][0]), int(message["mark"][1]))
+            self.assembly.reached(uid, message["generation"], mark, message["pace"], now)
+        elif op == "record":
+            self._log(uid, message)
+        elif op == "ready":
+            self.assembly.ready(uid, int(message["committed"]), message["origin"], now)
+        elif op == "commit":
+            await self._commit(uid, message)
+        elif op == "failed":
+            self._failed(uid, message)
+        elif op == "bye":
+            self._bye(uid, message, now)
+        else:
+            raise ValueError(f"a member says {op!r}")
+
+    # ------------------------------------------------------------ what counts
+
+    def _log(self, uid: str, message: dict[str, Any]) -> None:
+        """Write a step line of a current member."""
+        if not self.assembly.is_current(uid, message["generation"]):
+            self.record(
+                {"event": "fenced", "member": uid, "what": f"step {message['step']}", "generation": message["generation"]}
+            )
+            return
+        self.log.offer(int(message["step"]), message["line"])
+        if self.log.high_water + 1 > self.assembly.logged:
+            self.assembly.logged = self.log.high_water + 1
+            self.verdict.progress()
+
+    async def _commit(self, uid: str, message: dict[str, Any]) -> None:
+        """Publish a checkpoint that a current member has drafted, and tell it whether that worked."""
+        draft, why = Draft(**message["draft"]), ""
+        if not self.assembly.is_current(uid, message["generation"]):
+            why = f"generation {message['generation']} is over"
+            self.record(
+                {
+                    "event": "fenced",
+                    "member": uid,
+                    "what": f"checkpoint of step {draft.step}",
+                    "generation": message["generation"],
+                }
+            )
+        else:
+            why = await asyncio.to_thread(self._publish, draft, float(message["seconds"]))
+        self._send(uid, {"op": "committed", "step": draft.step, "ok": not why, "why": why})
+
+    def _publish(self, draft: Draft, seconds: float) -> str:
+        try:
+            self.log.sync()
+            published = publish(self.checkpoints, draft)
+            prune(self.checkpoints, self.config.checkpoint.keep)
+            remove_orphans(self.checkpoints, [uid.replace(".", "-") for uid in list(self.assembly.seats)])
+        except (OSError, BadInput) as error:
+            self.record({"event": "checkpoint_failed", "step": draft.step, "error": str(error)})
+            return str(error)
+        self.record(
+            {"event": "checkpoint", "step": draft.step, "path": str(published).rstrip("/").rpartition("/")[2], "seconds": seconds}
+        )
+        return ""
+
+    def _failed(self, uid: str, message: dict[str, Any]) -> None:
+        """An error that a member could not go on after."""
+        cause = {key: message[key] for key in ("error", "lasting", "bad_input", "trace")}
+        self.record({"event": "failure", "member": uid, **cause})
+        self.verdict.failure(cause)
+        self._judge()
+
+    def _judge(self) -> None:
+        if self.gave_up is None and not self.assembly.done and self.verdict.hopeless:
+            self.gave_up = self.verdict.cause or {"error": "members die before they finish a step", "bad_input": None}
+            self.record({"event": "gave_up", "cause": self.gave_up["error"], "losses": self.verdict.losses})
+            self.assembly.finish()
+
+    def _bye(self, uid: str, message: dict[str, Any], now: float) -> None:
+        if message["why"] == "done" and self.assembly.is_current(uid, message["generation"]):
+            self.assembly.finish()
+        else:
+            self.assembly.exit(uid, message["why"], now)
+
+    # ------------------------------------------------------------ time, and what follows from it
+
+    async def _tick(self) -> None:
+        """Look at the clock. Time that this process itself has slept through is nobody's silence."""
+        last = stragglers = time.monotonic()
+        while not self.assembly.done:
+            await asyncio.sleep(_TICK_S)
+            now = time.monotonic()
+            slept = now - last - _TICK_S
+            last = now
+            if slept > 2 * self.ladder.beat_s:
+                for uid in list(self.assembly.seats):
+                    self.assembly.beat(uid, now)
+                continue
+            self.assembly.tick(now)
+            if now - stragglers > _STRAGGLERS_EVERY_S:
+                stragglers = now
+                self.assembly.look_for_stragglers(now)
+            self._deliver()
+
+    def _deliver(self) -> None:
+        """Write down what happened, then tell whom it concerns."""
+        notes, self.assembly.notes = self.assembly.notes, []
+        for note in notes:
+            if note["event"] == "generation":
+                self._write_journal()
+                self.repeated += note["repeated"]
+            if note["event"] == "lost":
+                self.verdict.loss()
+            self.record(note)
+        messages, self.assembly.out = self.assembly.out, []
+        for uid, message in messages:
+            self._send(uid, message)
+        if notes:
+            self._judge()
+            if self.assembly.done and self.assembly.out:
+                self._deliver()
+
+    def _send(self, uid: str, message: dict[str, Any]) -> None:
+        line = (self.beats if message["op"] == "replace" else self.lines).get(uid)
+        if line is not None and not line.is_closing():
+            line.write(pack(message))
+        if message["op"] == "ejected" and uid in self.lines:
+            self.lines.pop(uid).close()
+
+    def record(self, note: Mapping[str, Any]) -> None:
+        """Put an event down, for the run's file and for whoever asks for news."""
+        facts = {key: value for key, value in note.items() if key != "event"}
+        self.run.event(note["event"], **facts)
+        self.news.append({"time": time.time(), **note})
+
+    def _journal(self) -> dict[str, Any]:
+        path = self.run.folder / "roster.json"
+        if not path.exists():
+            return {"generation": 0, "members": []}
+        try:
+            found = json.loads(path.read_text())
+            return {"generation": int(found["generation"]), "members": [str(uid) for uid in found["members"]]}
+        except (ValueError, KeyError, TypeError) as error:
+            raise BadInput(path, "the roster's journal", error, "Remove it if no training runs in this folder.") from None
+
+    def _write_journal(self) -> None:
+        with committed(self.run.folder / "roster.json") as temporary:
+            temporary.write_text(json.dumps({"generation": self.assembly.generation, "members": self.assembly.members}))
+
+
+@ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1, max_concurrency=1000)  # pyright: ignore[reportCallIssue]
+class RosterActor:
+    """The roster in a process of its own."""
+
+    def __init__(self, config: TrainConfig):
+        again = ray.get_runtime_context().was_current_actor_reconstructed
+        self.roster = Roster(config, ray.util.get_node_ip_address(), resume=bool(again))
+        self.starting: asyncio.Task[Address] | None = None
+        if again:
+            self.roster.record({"event": "roster_restarted", "pid": os.getpid(), "generation": self.roster.assembly.generation})
+
+    async def address(self) -> Address:
+        """Where members find it; the first call makes it listen."""
+        if self.starting is None:
+            self.starting = asyncio.get_running_loop().create_task(self.roster.start())
+        return await self.starting
+
+    async def news(self, since: int) -> tuple[int, list[dict[str, Any]]]:
+        """(pid, what happened since the first `since` news): numbers count within this process."""
+        return os.getpid(), self.roster.news[since:]
+
+    async def status(self) -> dict[str, Any]:
+        """generation, members (uid, node, pid, rank), steps logged, whether it is over and why."""
+        assembly = self.roster.assembly
+        members = [{"uid": uid, **assembly.seats[uid].facts} for uid in assembly.members if uid in assembly.seats]
+        return {
+            "pid": os.getpid(), "generation": assembly.generation, "broken": assembly.broken, "members": members,
+            "seats": list(assembly.seats), "logged": assembly.logged, "done": assembly.done, "stopping": assembly.stopping,
+            "gave_up": self.roster.gave_up,
+        }  # fmt: skip
+
+    async def stop(self, why: str) -> None:
+        """Have everybody commit and end."""
+        self.roster.stop(why)
+
+    async def inflict(self, uid: str, order: dict[str, Any]) -> bool:
+        """Chaos: see `Roster.inflict`."""
+        return self.roster.inflict(uid, order)
+
+    async def close(self) -> None:
+        """The log is on the disk and the run's lock free."""
+        self.roster.log.close()
+        self.roster.lock.release()
+
+    async def die(self) -> None:
+        """Chaos: as if the process had been killed, which it is."""
+        os.kill(os.getpid(), signal.SIGKILL)

@@ -1,0 +1,134 @@
+"""Training by members that die and come: the same weights bit for bit, every step once in the log."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from raysegment.elastic.checkpoints import read_checkpoint
+from raysegment.elastic.settings import CheckpointConfig, ElasticConfig, ValidationConfig
+from raysegment.feed.stream import FeedConfig
+from raysegment.learning.optim import OptimConfig
+from raysegment.learning.step import LearnConfig
+from tests.ledger import read
+from tests.small_training import config, write_shards
+from tests.training_members import TrainingFleet, alone
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory):
+    return write_shards(tmp_path_factory.mktemp("shards"))
+
+
+def settings(shards, out, **changes):
+    """Twelve steps by up to five members, one second patient, no Ray in the feed."""
+    common = dict(
+        elastic=ElasticConfig((1, 5), 1, patience_s=1.0),
+        feed=FeedConfig(kind="direct"),
+        checkpoint=CheckpointConfig(every_steps=4),
+    )
+    return config(shards, out, **{**common, **changes})
+
+
+def state(fleet):
+    """SHA-256 of everything, by the last checkpoint; and what the log says of every step."""
+    facts = read_checkpoint(fleet.run.folder).facts
+    assert facts.step == fleet.config.steps
+    lines = [json.loads(line) for line in fleet.run.steps.read_text().splitlines()]
+    return facts.provenance["state_sha256"], [(line["step"], line["tiles"], line["loss"], line["grad_norm"]) for line in lines]
+
+
+def test_any_number_of_members_gives_the_same_bits(shards, tmp_path):
+    states = [state(alone(settings(shards, ""), tmp_path / str(members), members)) for members in (1, 2, 5)]
+    assert states[0] == states[1] == states[2]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(shards, tmp_path_factory):
+    """State and log of the same run by one member, by what is changed in the settings."""
+    known = {}
+
+    def of(**changes):
+        key = repr(changes)
+        if key not in known:
+            known[key] = state(alone(settings(shards, "", **changes), tmp_path_factory.mktemp("alone")))
+        return known[key]
+
+    return of
+
+
+def disturbed(config, schedule):
+    """The ended fleet of a run with `schedule(fleet)` happening to it; all its members have ended well or were killed."""
+    fleet = TrainingFleet(config)
+    try:
+        schedule(fleet)
+        fleet.wait()
+    finally:
+        fleet.end()
+    assert set(fleet.exit_codes().values()) <= {0, -9}, fleet.exit_codes()
+    return fleet
+
+
+def members_at(fleet, count):
+    """Wait until a generation of so many members is training."""
+    fleet.wait(lambda: any(len(event["members"]) == count for event in fleet.events("generation")))
+
+
+def up_and_down(fleet):
+    """4 → 3 → 1 → 2 → 4 members, by kills between and within steps and by members that join."""
+    fleet.add(4)
+    members_at(fleet, 4)
+    fleet.wait(lambda: fleet.steps() >= 3)
+    fleet.kill(fleet.living[0])
+    members_at(fleet, 3)
+    fleet.kill(fleet.living[1])
+    fleet.kill(fleet.living[0])
+    members_at(fleet, 1)
+    fleet.add(1)
+    members_at(fleet, 2)
+    before = len(fleet.events("generation"))
+    fleet.add(2)
+    fleet.wait(lambda: any(len(event["members"]) == 4 for event in fleet.events("generation")[before:]))
+
+
+LONG = dict(steps=60, checkpoint=CheckpointConfig(every_steps=20))
+RECIPES = {
+    "sgd": LearnConfig(6, 2, "fp32", optim=OptimConfig("sgd", lr=1e-2, larc=True, ema=0.9), seed=3),
+    "lag 1, bf16": LearnConfig(6, 2, "bf16", lag=1, optim=OptimConfig("adamw", lr=1e-2, larc=True), seed=3),
+}
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_members_that_die_and_come_change_nothing(shards, tmp_path, undisturbed, recipe):
+    changes = dict(learn=RECIPES[recipe], **LONG)
+    fleet = disturbed(settings(shards, tmp_path, **changes), up_and_down)
+    assert state(fleet) == undisturbed(**changes)
+    ledger = read(fleet.run.steps, 6, 60, tiles=11)
+    assert ledger.clean, ledger.problems
+    assert len(fleet.events("lost")) >= 3
+
+
+PLACES = ["step", "exchange", "commit", "checkpoint", "join", "validation"]
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_a_kill_anywhere_changes_nothing(shards, tmp_path, undisturbed, place):
+    """The first member (who writes) is killed at that place; another one comes; the fault is seen to have fired."""
+    changes = dict(LONG, validation=ValidationConfig(str(shards), every_steps=25))
+    chaos = f"kill@step=25,member=0,at={place}".replace("25", "1" if place == "join" else "25")
+
+    def schedule(fleet):
+        fleet.add(2)
+        members_at(fleet, 2)
+        if place == "join":
+            fleet.wait(lambda: fleet.steps() >= 1)
+            fleet.add(1)
+        fleet.wait(lambda: fleet.events("lost"))
+        fleet.add(1)
+
+    fleet = disturbed(settings(shards, tmp_path, chaos=chaos, **changes), schedule)
+    assert [event["fault"] for event in fleet.events("fault")] == [chaos.replace(",at=step", "")]
+    assert state(fleet) == undisturbed(**changes)
+    found = {event["step"]: event["iou"] for event in fleet.events("validation")}
+    assert sorted(found) == [25, 50]
