@@ -8,7 +8,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext, redirect_stdout
-from dataclasses import asdict, dataclass, is_dataclass
+from dataclasses import asdict, dataclass, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,13 +34,13 @@ from raysegment.archive.places import Place
 from raysegment.climate.checks import BadInput
 from raysegment.climate.synthetic import SyntheticConfig
 from raysegment.console import Console, table
-from raysegment.elastic.train import TrainConfig, train
+from raysegment.elastic.train import Stopped, TrainConfig, train
 from raysegment.feed.distribute import Assignment, distribute
 from raysegment.feed.stage import StageConfig, stage
 from raysegment.learning.step import PRECISIONS
 from raysegment.networks import NETWORKS
 
-BAD_INPUT, FAILURE = 2, 1
+BAD_INPUT, FAILURE, STOPPED = 2, 1, 143  # 128 + SIGTERM, as shells have it
 CONFIGS = Path(__file__).parent / "configs"
 
 
@@ -56,7 +56,8 @@ class Verb:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one verb; 0 when it worked, 2 for bad input (with expected, got, remedy), 1 for any other failure.
+    """Run one verb; 0 when it worked, 2 for bad input (with expected, got, remedy), 1 for any other failure, 143 when it
+    was asked to end (SIGTERM) and has, with its state on record.
 
     With --json, standard output carries the JSON object and nothing else: tables, and what Ray prints of its own accord
     at any time, go to standard error.
@@ -69,6 +70,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         except BadInput as bad:
             console.say(f"raysegment {options.verb.name}: {bad}")
             return BAD_INPUT
+        except Stopped as stopped:
+            console.say(f"raysegment {options.verb.name}: {stopped}")
+            return STOPPED
         except KeyboardInterrupt:
             console.say(f"raysegment {options.verb.name}: interrupted; run the same command again to go on")
             return FAILURE
@@ -208,14 +212,16 @@ def _train_options(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("config", nargs="?", help="a YAML file, or the name of a shipped one: " + ", ".join(_shipped()))
     sub.add_argument("options", nargs="*", metavar="key=value", help="override keys, e.g. shards=DIR steps=500")
     sub.add_argument("--out", help="the run's folder, short for out=DIR")
+    sub.add_argument("--chaos", help='faults to inject, e.g. "kill@step=120,member=1; stop@step=200,member=2,for=3"')
 
 
 def _train(options: argparse.Namespace, console: Console) -> dict[str, Any]:
     source, overrides = _config_and_overrides(options.config, options.options)
     overrides += [f"out={options.out}"] if options.out else []
     settings = _configured(TrainConfig, source, overrides)
+    settings = replace(settings, chaos=options.chaos) if options.chaos else settings
     with console.phase("train") as report:
-        result = train(settings, report)
+        result = train(settings, report, console.say)
     loss = f"loss {result['loss_first']:.4f} → {result['loss_last']:.4f}"
     print(f"{result['steps']} steps, {result['samples_per_s']:.2f} samples/s, {loss}")
     print(f"checkpoint: {result['checkpoint']}")

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ from raysegment.learning.exchange import Interrupted
 
 _OPERATIONS = {"sum": ReduceOp.SUM, "max": ReduceOp.MAX}
 _POLL_S = 2e-4  # between looks at a collective that runs on a GPU
+_BUILD_LOOK_S = 0.005  # between looks at `broken` while a group is being built
 _LOOK_S = 0.1  # between looks at `broken` while nobody wakes the waiting (a group that is being built)
 
 
@@ -35,8 +37,10 @@ class Setback(RuntimeError):
 class Group:
     """A world (see `learning.exchange.World`) whose collectives raise Interrupted when `broken` is set or a peer is gone."""
 
-    def __init__(self, backend: Any, rank: int, size: int, broken: threading.Event, polls: bool):
-        self.rank, self.size = rank, size
+    def __init__(
+        self, backend: Any, rank: int, size: int, broken: threading.Event, polls: bool, limit: datetime.timedelta
+    ):  # fmt: skip
+        self.rank, self.size, self.limit = rank, size, limit
         self._broken, self._polls = broken, polls
         self._backend: Any = backend
         self._event = threading.Event()  # something ended: a collective, or the generation
@@ -54,12 +58,14 @@ class Group:
     def start_all_reduce(self, tensor: Tensor, op: str = "sum") -> Collective:
         """The same, under way."""
         options = AllreduceOptions()
+        options.timeout = self.limit
         options.reduceOp = ReduceOp(_OPERATIONS[op])
         return self._start(lambda: self._backend.allreduce([tensor], options), tensor)
 
     def broadcast(self, tensor: Tensor, source: int) -> None:
         """One member's tensor on all, in place."""
         options = BroadcastOptions()
+        options.timeout = self.limit
         options.rootRank, options.rootTensor = source, 0
         self._start(lambda: self._backend.broadcast([tensor], options), tensor).wait()
 
@@ -126,9 +132,11 @@ def build_group(
     """The group of a generation, all connections made and tried; Setback when they cannot be within `forming_s`."""
     prefix = PrefixStore(f"{label}{generation}", store)
     prefix.set_timeout(datetime.timedelta(seconds=ladder.forming_s))
+    make = partial(_nccl, prefix, rank, size, ladder) if backend == "nccl" else partial(_gloo, prefix, rank, size, host, ladder)
     try:
-        made = _nccl(prefix, rank, size, ladder) if backend == "nccl" else _gloo(prefix, rank, size, host, ladder)
-        group = Group(made, rank, size, broken, polls=backend == "nccl")
+        group = Group(
+            _unless(broken, make), rank, size, broken, backend == "nccl", datetime.timedelta(seconds=ladder.collective_s)
+        )
         probe = torch.zeros(1, device="cuda" if backend == "nccl" else "cpu")
         group.all_reduce(probe)
     except (Interrupted, RuntimeError) as error:
@@ -136,10 +144,34 @@ def build_group(
     return group
 
 
+def _unless(broken: threading.Event, make: Callable[[], Any]) -> Any:
+    """What `make` returns; Setback as soon as `broken` is set, though making, which nothing can interrupt, goes on.
+
+    Whoever makes connections waits for peers that may have died meanwhile.
+    """
+    made: list[Any] = []
+    done = threading.Event()
+
+    def run() -> None:
+        try:
+            made.append(make())
+        except RuntimeError as error:
+            made.append(error)
+        done.set()
+
+    threading.Thread(target=run, name="build-group", daemon=True).start()
+    while not done.wait(_BUILD_LOOK_S):
+        if broken.is_set():
+            raise Setback("the generation was broken while its group was built")
+    if isinstance(made[0], RuntimeError):
+        raise Setback(str(made[0])[:300])
+    return made[0]
+
+
 def _gloo(store: Store, rank: int, size: int, host: str, ladder: Ladder) -> Any:
     options = dist.ProcessGroupGloo._Options()  # pyright: ignore[reportAttributeAccessIssue]
     options._devices = [dist.ProcessGroupGloo.create_device(hostname=host)]  # pyright: ignore[reportAttributeAccessIssue]
-    options._timeout = datetime.timedelta(seconds=ladder.collective_s)
+    options._timeout = datetime.timedelta(seconds=ladder.forming_s)  # for connecting; collectives are given their own
     options._threads = 2
     return dist.ProcessGroupGloo(store, rank, size, options)  # pyright: ignore[reportAttributeAccessIssue]
 

@@ -10,8 +10,8 @@ from raysegment.climate.checks import BadInput
 _RUNGS = (
     ("beat_s", 1 / 8, "a member's process shows that it is not stopped this often"),
     ("silence_s", 1.0, "without a sign of life for so long, a member is let go"),
-    ("meeting_s", 2.0, "after a break, living members come to the next meeting (besides a step's time)"),
-    ("forming_s", 4.0, "a new group connects all its members (or meets again)"),
+    ("forming_s", 2.0, "a new group connects all its members (or meets again)"),
+    ("meeting_s", 3.0, "after a break, living members come to the next meeting (besides a step's time)"),
     ("lateness_s", 5.0, "a member that all others wait for is let go (or after ten usual steps, if longer)"),
     ("return_s", 8.0, "a member let go may come back; then its process is replaced"),
     ("absence_s", 20.0, "members go on without the roster, then end themselves"),
