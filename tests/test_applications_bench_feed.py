@@ -57,7 +57,7 @@ def children(monkeypatch: pytest.MonkeyPatch) -> None:
 def readers() -> list:
     """(reader, consumers); those of other libraries in pairs, and Ray's own, which takes a minute, among the slow tests."""
     pairs = [(name, world) for name in MODULES for world in (1, 2)]
-    slow = {(name, world) for name, world in pairs if name == "ray_parquet" or (name not in OURS and world == 2)}
+    slow = {(name, world) for name, world in pairs if name == "ray_parquet" or (world == 2 and name != "mmap_reused")}
     return [pytest.param(*pair, marks=[pytest.mark.slow] * (pair in slow)) for pair in pairs]
 
 
@@ -108,7 +108,8 @@ def test_a_failing_reader_says_why(target, patience_s: float, reason: str, monke
 
 
 @pytest.mark.ray
-@pytest.mark.parametrize("consumers", ["[1]", pytest.param("[1, 2]", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("consumers", ["[1]", "[1, 2]"])
 def test_json_has_what_is_promised_and_nothing_else_is_printed(consumers: str, capfd: pytest.CaptureFixture[str]) -> None:
     assert main([*WORDS, f"consumers={consumers}", "peers=hdf5_dataloader,mmap_reused", "--json"]) == 0
     (line,) = capfd.readouterr().out.splitlines()

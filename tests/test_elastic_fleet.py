@@ -109,7 +109,8 @@ def test_members_that_die_and_come_change_nothing(shards, tmp_path, undisturbed,
     assert len(fleet.events("lost")) >= 3
 
 
-PLACES = ["step", "exchange", "commit", "checkpoint", "join", "validation"]
+OTHERS = [pytest.param(at, marks=pytest.mark.slow) for at in ("step", "commit", "validation")]
+PLACES = ["exchange", "checkpoint", "join", *OTHERS]
 
 
 @pytest.mark.parametrize("place", PLACES)
