@@ -241,21 +241,6 @@ def damage(path: Where, data: bool = True) -> str | None:
     return None
 
 
-def differences(facts: Facts, expected: Mapping[str, Any], manifest_sha256: str = "") -> dict[str, tuple[Any, Any]]:
-    """{key: (the checkpoint's, the expected)} of what differs; empty where a run so configured may continue from it.
-
-    `expected`: settings by dotted key or nested, compared with those that the checkpoint's run had (provenance "config");
-    a key that it did not have counts as None.
-    """
-    had = dict(_flat(facts.provenance.get("config", {}))) | dict(_flat({"network": asdict(facts.network)}))
-    wanted = {key: _plain(value) for key, value in _flat(expected)}
-    found = {key: (had.get(key), value) for key, value in wanted.items() if _plain(had.get(key)) != value}
-    manifest = facts.provenance.get("manifest_sha256")
-    if manifest_sha256 and manifest != manifest_sha256:
-        found["shards"] = (f"manifest {manifest}", f"manifest {manifest_sha256}")
-    return found
-
-
 def check_same(where: object, differing: Mapping[str, tuple[Any, Any]]) -> None:
     """BadInput that names what differs, unless nothing does."""
     if differing:
@@ -427,15 +412,3 @@ def _unreadable(place: Place, name: str, error: OSError) -> Exception:
     if place.local is None and not isinstance(error, FileNotFoundError):
         return error
     return Damaged(place.shown(name), "a readable file of a checkpoint", error.strerror or error, f"{_RETRAIN}.")
-
-
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in tree.items():
-        if isinstance(value, Mapping):
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
-
-
-def _plain(value: Any) -> Any:
-    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value

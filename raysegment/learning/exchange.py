@@ -15,11 +15,11 @@ the largest are lost. `exact64` has 32 bits more, and twice the traffic.
 
 The collectives of a step, the same on every member whatever its share, also where it has none (B buckets):
 
-    exact, leaving in turn     MAX 0, MAX 1, SUM 0, MAX 2, SUM 1, …, MAX B−1, SUM B−2, HEAD, SUM B−1
+    exact, leaving in turn     MAX 0, MAX 1, MAX 2, SUM 0, MAX 3, SUM 1, …, MAX B−1, SUM B−3, HEAD, SUM B−2, SUM B−1
     exact, leaving together    MAX of all, HEAD, SUM 0 … SUM B−1
     fast                       SUM 0 … SUM B−1, HEAD
 
-In turn, a maximum is under way for as long as backward takes over one more bucket. Numbers that are not finite show in the
+In turn, a maximum is under way for as long as backward takes over two more buckets. Numbers that are not finite show in the
 maxima (fast: in the sums) and in the head, everywhere alike; the collectives go on, and the step is then skipped.
 
 Nothing is computed on the host and nothing fetched from the device before `finish`, and there once.
@@ -43,7 +43,8 @@ MODES = ("exact", "exact64", "fast")
 WIRES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 _LOSS_BITS = 24  # the loss travels as an integer multiple of 2^-24
 _NOT_FINITE = 0x7F800000  # float32 infinity as an integer; not-a-numbers are above it
-_CHUNK = 1 << 15  # values that are rounded at a time on CPUs: they stay in cache from one operation to the next
+_CHUNK = 1 << 17  # values that are rounded at a time on CPUs: they stay in cache from one operation to the next
+_BEHIND = 2  # buckets that are asked about before the first of them is rounded: waiting for less would make members wait
 _OPERATIONS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}
 
 
@@ -332,13 +333,13 @@ class Exchange:
             return head, statistics
 
     def _offer(self) -> None:
-        """The next bucket: ask for its scale, and round and send the one before it, whose scale has come meanwhile."""
+        """The next bucket: ask for its scale, and round and send an earlier one, whose scale has come meanwhile."""
         b = self._offered
         self._look(b)
         if self.terms.exact:
             self._agreements[b] = self.world.start_all_reduce(self._top_of[b], "max")
         self._offered += 1
-        self._sum(b if self.terms.exact else b + 1)
+        self._sum(b + 1 - _BEHIND if self.terms.exact else b + 1)
 
     def _look(self, b: int) -> None:
         """Weigh the last row's part of a bucket; note the largest magnitudes of all rows, as bits (which sort alike)."""
@@ -448,11 +449,11 @@ def _add_into(total: Tensor, rows: Sequence[Tensor]) -> None:
 
 def _scale_into(values: Tensor, total: Tensor, factor: Tensor | float) -> None:
     """values ← total · factor, float32."""
+    if total.dtype == torch.bfloat16:
+        values.copy_(total).mul_(factor)
+        return
     for chunk in _chunks(total):
-        if total.is_floating_point():
-            values[chunk].copy_(total[chunk]).mul_(factor)
-        else:
-            torch.mul(total[chunk], factor, out=values[chunk])
+        torch.mul(total[chunk], factor, out=values[chunk])
 
 
 def _chunks(vector: Tensor) -> list[slice]:

@@ -31,6 +31,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from raysegment.climate.channels import NAMES
 from raysegment.feed.batches import MicroBatch, StepInput
 from raysegment.learning.augment import AugmentConfig, augment
 from raysegment.learning.buckets import BUCKET_BYTES, buckets
@@ -254,8 +255,8 @@ class Learner:
 
     def warm_up(self, height: int, width: int) -> None:
         """One forward and backward on zeros, so that whatever is set up lazily is there; nothing that counts changes."""
-        size, channels = self.config.micro_batch, len(self.normaliser.names)
-        fields = torch.zeros(size, channels, height, width, dtype=torch.float16)
+        size = self.config.micro_batch
+        fields = torch.zeros(size, len(NAMES), height, width, dtype=torch.float16)  # tiles hold all channels
         micro = MicroBatch(torch.arange(size), fields, torch.zeros(size, height, width, dtype=torch.uint8))
         devices = [self.device] if self.device.type == "cuda" else []
         with torch.random.fork_rng(devices=devices), self.statistics:
