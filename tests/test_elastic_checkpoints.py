@@ -202,17 +202,6 @@ def test_facts_must_fit_together():
         Facts(0, 0, NetworkConfig(channels=3), NAMES, (0.0,) * 16, (1.0,) * 16, (1.0, 1.0), CLASSES)
 
 
-def test_what_differs_is_named():
-    same_settings = {"learn.global_batch": 8, "network": asdict(facts().network)}
-    assert checkpoints.differences(facts(), same_settings, "ab" * 32) == {}
-    checkpoints.check_same("here", {})
-    other = {"learn": {"global_batch": 16}, "network": {**asdict(facts().network), "name": "tiramisu"}}
-    found = checkpoints.differences(facts(), other, "cd" * 32)
-    assert found.keys() == {"learn.global_batch", "network.name", "shards"}
-    with pytest.raises(BadInput, match=r"learn\.global_batch \(8 there, 16 now\), network\.name \(deeplab there, tiramisu now\)"):
-        checkpoints.check_same("here", found)
-
-
 # drafts
 
 

@@ -9,10 +9,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from raysegment.archive.manifest import Manifest
+from raysegment.archive.manifest import Manifest, manifest_bytes, set_id
+from raysegment.climate.channels import NAMES
 from raysegment.climate.checks import BadInput
 from raysegment.elastic.chaos import Fault, Plan
+from raysegment.elastic.checkpoints import Facts
 from raysegment.elastic.runs import CAUSES, Run, StepLog, last_step, read_lines, summarise
+from raysegment.elastic.safe import check_same
 from raysegment.elastic.settings import TrainConfig, identity, plain
 from raysegment.elastic.verdict import Verdict
 from raysegment.learning.augment import AugmentConfig
@@ -173,3 +176,21 @@ def test_faults_are_read_and_fire_once(tmp_path, monkeypatch):
 def test_impossible_settings_are_refused(bad):
     with pytest.raises(ValueError, match="expected"):
         TrainConfig(**bad)
+
+
+def test_a_checkpoint_of_another_network_batch_or_set_is_refused_by_name(tmp_path):
+    shards = write_shards(tmp_path / "shards")
+    asked = config(shards, tmp_path / "run")
+    before = asked.resolved(Manifest.load(shards))
+    said = {"manifest_sha256": set_id(manifest_bytes(shards)), "config": plain(before)}
+    moments = (1.0,) * 16
+    facts = Facts(6, 36, before.network, NAMES, moments, moments, (1.0, 1.0), ("a", "b", "c"), said)
+    check_same(facts, before, "here")
+    batch = replace(before, learn=replace(before.learn, global_batch=12))
+    with pytest.raises(BadInput, match=r"here: .*learn\.global_batch \(6 there, 12 now\)"):
+        check_same(facts, batch, "here")
+    wider = replace(before, network=replace(before.network, tiramisu=replace(before.network.tiramisu, growth=8)))
+    with pytest.raises(BadInput, match=r"network\.tiramisu\.growth \(4 there, 8 now\)"):
+        check_same(facts, wider, "here")
+    with pytest.raises(BadInput, match="shards that the run began with"):
+        check_same(facts, replace(before, shards=str(write_shards(tmp_path / "other", 9))), "here")

@@ -14,13 +14,13 @@ import torch
 from raysegment.archive.places import Place
 from raysegment.climate.channels import NAMES
 from raysegment.elastic import saver as module
-from raysegment.elastic.capture import Buffers, Capture, joined, live, parted
+from raysegment.elastic.capture import Buffers, Capture, joined, parted
 from raysegment.elastic.checkpoints import Draft, list_checkpoints, publish, read_newest
 from raysegment.elastic.keeper import Keeper, newest, steps
 from raysegment.elastic.saver import FILE, MEMORY, Refused, Saver, Superseded
 from raysegment.learning.normalise import Normaliser
 from raysegment.learning.optim import OptimConfig
-from raysegment.learning.state import TrainState, capture, restore
+from raysegment.learning.state import TrainState, capture, restore, views
 from raysegment.learning.step import LearnConfig, Learner, initialise
 from raysegment.networks import NetworkConfig, TiramisuConfig
 from tests.faulty_disk import facts, full, same, tensors
@@ -296,16 +296,13 @@ def test_live_tensors_are_those_that_capture_copies(optimizer, lag, ema):
         vector.normal_()
     if lag:
         learner.lagged = torch.randn_like(learner.flat.values)
-    expected, views = capture(learner), live(learner)
-    assert views.facts == expected.facts
-    for ours, theirs in ((views.weights, expected.weights), (views.tensors, expected.tensors)):
-        assert same(ours, theirs)
-    taken = Buffers().take(views)
+    expected, seen = capture(learner), views(learner)
+    taken = Buffers().take(seen)
     assert taken is not None
     again = make()
     restore(again, taken.state)
     assert same(joined(capture(again)), joined(expected))
     owned = {t.untyped_storage().data_ptr() for t in (learner.flat.values, *learner.network.buffers())}
-    assert {t.untyped_storage().data_ptr() for t in views.weights.values()} <= owned | (
+    assert {t.untyped_storage().data_ptr() for t in seen.weights.values()} <= owned | (
         {learner.optimizer.ema.untyped_storage().data_ptr()} if learner.optimizer.ema is not None else set()
     ), "views, no copies"

@@ -10,9 +10,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from raysegment.learning.flat import Flat
 from raysegment.learning.state import TrainState
-from raysegment.learning.step import Learner
 
 _WEIGHTS, _STATE = "weights/", "state/"
 
@@ -93,41 +91,6 @@ def parted(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, 
     """(weights, the rest) of what was joined."""
     weights = {name.removeprefix(_WEIGHTS): tensor for name, tensor in tensors.items() if name.startswith(_WEIGHTS)}
     return weights, {name.removeprefix(_STATE): tensor for name, tensor in tensors.items() if name.startswith(_STATE)}
-
-
-def live(learner: Learner) -> TrainState:
-    """A learner's state between two steps, as `learning.state.capture` gives it, but views, which the next step changes."""
-    assert learner.settled, "a step is under way: settle first"
-    flat, optimizer = learner.flat, learner.optimizer
-    kinds = sorted({name for part in optimizer.parts for name in optimizer.torch.state[part]} - {"step"})
-    vectors = {kind: [optimizer.torch.state[part][kind] for part in optimizer.parts] for kind in kinds}
-    if learner.lagged is not None:
-        vectors["lagged"] = [learner.lagged]
-    weights = dict(learner.network.state_dict())
-    if optimizer.ema is not None:
-        vectors["value"] = [flat.values]
-        weights |= _named(flat, [optimizer.ema])
-    tensors = {f"{kind}.{name}": view for kind, parts in vectors.items() for name, view in _named(flat, parts).items()}
-    facts = {
-        "step": learner.step,
-        "cursor": learner.step * learner.config.global_batch,
-        "updates": optimizer.count,
-        "loss_scale": learner.scale.value,
-        "good_steps": learner.scale.good,
-        "loss_scale_before": learner.scale.before,
-    }
-    return TrainState(weights, tensors, facts)
-
-
-def _named(flat: Flat, parts: list[Tensor]) -> dict[str, Tensor]:
-    """The tensors that lie in a vector (P,) given in consecutive parts, none of which cuts through a tensor, by name."""
-    views, rest, start = {}, list(parts), 0
-    for name, p in zip(flat.names, flat.parameters, strict=True):
-        while start == rest[0].numel():
-            rest, start = rest[1:], 0
-        views[name] = rest[0].detach().as_strided(p.shape, p.stride(), rest[0].storage_offset() + start)
-        start += p.numel()
-    return views
 
 
 def _fill(pool: Pool, tensors: Mapping[str, Tensor]) -> None:

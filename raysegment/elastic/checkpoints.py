@@ -241,14 +241,6 @@ def damage(path: Where, data: bool = True) -> str | None:
     return None
 
 
-def check_same(where: object, differing: Mapping[str, tuple[Any, Any]]) -> None:
-    """BadInput that names what differs, unless nothing does."""
-    if differing:
-        shown = ", ".join(f"{key} ({was} there, {now} now)" for key, (was, now) in sorted(differing.items()))
-        remedy = "Continue with what it was trained with, or start a new run in another folder."
-        raise BadInput(where, "a state of this run's network, shards and batch", f"other values of {shown}", remedy)
-
-
 def step_name(step: int) -> str:
     """The name of a step's checkpoint."""
     return f"step-{step:08d}"

@@ -26,7 +26,7 @@ import yaml
 
 from raysegment.archive.files import committed
 from raysegment.climate.checks import BadInput
-from raysegment.elastic.settings import TrainConfig, identity, plain
+from raysegment.elastic.settings import TrainConfig, other_values, plain
 
 CAUSES = ("load_s", "compute_s", "exchange_s", "optimizer_s", "checkpoint_s")
 _SHARES = (0.16, 0.5, 0.84)
@@ -68,15 +68,12 @@ class Run:
 
     def _check_same(self, config: TrainConfig) -> None:
         try:
-            before = identity(yaml.safe_load(self.config.read_text()))
+            differing = other_values(yaml.safe_load(self.config.read_text()), config)
         except (yaml.YAMLError, AttributeError, TypeError) as error:
             raise BadInput(self.config, "the configuration of a run", error, "Choose another run folder.") from None
-        now = identity(config)
-        differing = [key for key in sorted({*before, *now}) if before.get(key) != now.get(key)]
         if differing:
-            shown = ", ".join(f"{key} ({before.get(key)} there, {now.get(key)} now)" for key in differing)
             remedy = "Give the same configuration to continue, or another folder as `out`."
-            raise BadInput(self.folder, "a new folder or a run of the same configuration", f"other values of {shown}", remedy)
+            raise BadInput(self.folder, "a new folder or a run of the same configuration", f"other values of {differing}", remedy)
 
     @property
     def key(self) -> str:

@@ -23,16 +23,16 @@ from raysegment.archive.manifest import Manifest, manifest_bytes, set_id
 from raysegment.archive.places import Place
 from raysegment.climate.checks import BadInput
 from raysegment.elastic import checkpoints
-from raysegment.elastic.capture import Buffers, live, parted
+from raysegment.elastic.capture import Buffers, parted
 from raysegment.elastic.checkpoints import Draft, Facts
 from raysegment.elastic.intervals import Mtbf, checkpoint_every_s, snapshot_every
 from raysegment.elastic.keeper import Keeper, Kept, forget, memory_folder, newest
 from raysegment.elastic.membership import Generation, Member
 from raysegment.elastic.runs import Run
 from raysegment.elastic.saver import FILE, MEMORY, Refused, Saved, Saver, Superseded
-from raysegment.elastic.settings import TrainConfig, identity, plain
+from raysegment.elastic.settings import TrainConfig, other_values, plain
 from raysegment.learning.losses import class_weights
-from raysegment.learning.state import TrainState, restore
+from raysegment.learning.state import TrainState, restore, views
 from raysegment.learning.step import Learner
 
 _LINES_KEPT = 16  # step lines kept with a state: those that a roster which dies with everybody may not have written
@@ -130,7 +130,7 @@ class Safe:
     def save(self, learner: Learner, step: int) -> None:
         """Copy the state after a step and have it saved; nothing while all memory for copies is in use."""
         memory, file = self._memory_due(step), self._file_due(step)
-        taken = self.buffers.take(live(learner))
+        taken = self.buffers.take(views(learner))
         if taken is None:
             return
         self._stall_s += taken.seconds
@@ -155,7 +155,7 @@ class Safe:
     def write_now(self, learner: Learner) -> None:
         """The state as a published checkpoint before this returns; Interrupted when the generation ends, else OSError."""
         self.saver.drain(self.member.ladder.absence_s)
-        state = live(learner)
+        state = views(learner)
         while True:
             started = time.perf_counter()
             drafted = checkpoints.draft(self.place, self._about(state), state.weights, state.tensors, self.saver.tag)
@@ -241,9 +241,10 @@ def check_same(facts: Facts, config: TrainConfig, where: object) -> None:
     if was != now:
         expected, remedy = f"the shards that the run began with (manifest {was})", "Continue with those, or start a new run."
         raise BadInput(config.shards, expected, f"manifest {now}", remedy)
-    had, wanted = identity(facts.provenance["config"]), identity(config)
-    keys = sorted({*had, *wanted})
-    checkpoints.check_same(where, {k: (had.get(k), wanted.get(k)) for k in keys if had.get(k) != wanted.get(k)})
+    differing = other_values(facts.provenance["config"], config)
+    if differing:
+        expected, remedy = "a checkpoint of the same configuration", "Continue with what it was trained with, or start a new run."
+        raise BadInput(where, expected, f"other values of {differing}", remedy)
 
 
 def state_sha256(weights: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> str:

@@ -217,6 +217,13 @@ def identity(config: TrainConfig | Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in flat(tree) if key.split(".")[0] not in _FREE and key not in _SAME}
 
 
+def other_values(before: Mapping[str, Any], config: TrainConfig) -> str:
+    """The keys in which a run differs from one so configured, with both values, in words; "" where it is the same run."""
+    was, now = identity(before), identity(config)
+    differing = [key for key in sorted({*was, *now}) if was.get(key) != now.get(key)]
+    return ", ".join(f"{key} ({was.get(key)} there, {now.get(key)} now)" for key in differing)
+
+
 def plain(config: Any) -> dict[str, Any]:
     """A configuration as YAML and JSON can hold it."""
     return {key: _plain(value) for key, value in asdict(config).items()}

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from raysegment.climate.checks import BadInput
+from raysegment.learning.flat import Flat
 from raysegment.learning.step import Learner
 
 
@@ -17,7 +18,7 @@ class TrainState:
     """`weights`: the network as `segment` uses it, by `state_dict` name (the moving average where there is one).
 
     `tensors`: what training needs besides, as "kind.parameter" (exp_avg, exp_avg_sq, momentum_buffer, lagged, and value
-    where `weights` holds the average). `facts`: step, cursor and counts, readable as JSON. All tensors are contiguous copies.
+    where `weights` holds the average). `facts`: step, cursor and counts, readable as JSON.
     """
 
     weights: dict[str, Tensor]
@@ -27,25 +28,44 @@ class TrainState:
 
 def capture(learner: Learner) -> TrainState:
     """A learner's state between two steps, copied to the CPU; it must be settled."""
+    state = views(learner)
+    weights, tensors = ({name: _plain(t) for name, t in kind.items()} for kind in (state.weights, state.tensors))
+    return TrainState(weights, tensors, state.facts)
+
+
+def views(learner: Learner) -> TrainState:
+    """The same without copies: views of the learner's own tensors, which the next step changes."""
     assert learner.settled, "a step is under way: settle first"
-    flat, vectors = learner.flat, learner.optimizer.vectors()
-    average = vectors.pop("ema", None)
+    flat, optimizer = learner.flat, learner.optimizer
+    kinds = sorted({name for part in optimizer.parts for name in optimizer.torch.state[part]} - {"step"})
+    vectors = {kind: [optimizer.torch.state[part][kind] for part in optimizer.parts] for kind in kinds}
     if learner.lagged is not None:
-        vectors["lagged"] = learner.lagged
-    weights = {name: _plain(tensor) for name, tensor in learner.network.state_dict().items()}
-    if average is not None:
-        vectors["value"] = flat.values
-        weights |= {name: _plain(tensor) for name, tensor in flat.named(average).items()}
-    tensors = {f"{kind}.{name}": _plain(t) for kind, vector in vectors.items() for name, t in flat.named(vector).items()}
+        vectors["lagged"] = [learner.lagged]
+    weights = dict(learner.network.state_dict())
+    if optimizer.ema is not None:
+        vectors["value"] = [flat.values]
+        weights |= _named(flat, [optimizer.ema])
+    tensors = {f"{kind}.{name}": view for kind, parts in vectors.items() for name, view in _named(flat, parts).items()}
     facts = {
         "step": learner.step,
         "cursor": learner.step * learner.config.global_batch,
-        "updates": learner.optimizer.count,
+        "updates": optimizer.count,
         "loss_scale": learner.scale.value,
         "good_steps": learner.scale.good,
         "loss_scale_before": learner.scale.before,
     }
     return TrainState(weights, tensors, facts)
+
+
+def _named(flat: Flat, parts: list[Tensor]) -> dict[str, Tensor]:
+    """The tensors that lie in a vector (P,) given in consecutive parts, none of which cuts through a tensor, by name."""
+    found, rest, start = {}, list(parts), 0
+    for name, p in zip(flat.names, flat.parameters, strict=True):
+        while start == rest[0].numel():
+            rest, start = rest[1:], 0
+        found[name] = rest[0].detach().as_strided(p.shape, p.stride(), rest[0].storage_offset() + start)
+        start += p.numel()
+    return found
 
 
 def restore(learner: Learner, state: TrainState) -> None:
