@@ -97,7 +97,7 @@ def add_up(file: Path, uid: str, patience_s: float, out: Path, steps: int, trick
             try:
                 while step < steps:
                     one = torch.tensor([1.0, float(member.pending)])
-                    member.at(step, 0, {"load_s": 0.0, "compute_s": 0.0, "micro_batches": 1})
+                    member.at(step, {"load_s": 0.0, "compute_s": 0.0, "micro_batches": 1})
                     member.group.all_reduce(one)
                     step += 1
                     with out.open("a") as file_out:

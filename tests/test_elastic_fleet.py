@@ -133,3 +133,32 @@ def test_a_kill_anywhere_changes_nothing(shards, tmp_path, undisturbed, place):
     assert state(fleet) == undisturbed(**changes)
     found = {event["step"]: event["iou"] for event in fleet.events("validation")}
     assert sorted(found) == [25, 50]
+
+
+def always(members):
+    """A schedule that brings a new member for each that dies, until training is over."""
+
+    def schedule(fleet):
+        def topped_up():
+            missing = members - len(fleet.living)
+            if missing and fleet.steps() < fleet.config.steps:
+                fleet.add(missing)
+            return fleet.steps() == fleet.config.steps
+
+        fleet.wait(topped_up, 3600)
+
+    return schedule
+
+
+@pytest.mark.parametrize(
+    ("steps", "kills"), [(150, 3), pytest.param(6000, 500, marks=[pytest.mark.slow, pytest.mark.timeout(3600)])]
+)
+def test_random_kills_leave_every_position_once(shards, tmp_path, undisturbed, steps, kills):
+    changes = dict(steps=steps, checkpoint=CheckpointConfig(every_steps=20))
+    chaos = "seed=7,every=0.8s,kinds=kill"
+    fleet = disturbed(settings(shards, tmp_path, chaos=chaos, **changes), always(4))
+    assert len(fleet.events("fault")) >= kills
+    assert len(fleet.events("lost")) >= kills
+    ledger = read(fleet.run.steps, 6, steps, tiles=11)
+    assert ledger.clean, ledger.problems
+    assert state(fleet) == undisturbed(**changes)

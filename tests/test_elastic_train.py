@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 from raysegment.archive.manifest import Manifest
 from raysegment.climate.checks import BadInput
@@ -156,6 +157,13 @@ def test_without_a_damaged_tile_any_group_learns_the_same(shards, tmp_path):
     two = train_without_a_tile(tmp_path / "shards", tmp_path / "two", workers=2, chaos="kill@step=7,member=1")
     assert two["faults_survived"] >= 1
     assert one["state_sha256"] == two["state_sha256"]
+
+
+def test_a_second_fleet_on_the_same_folder_is_refused(shards, tmp_path):
+    (tmp_path / "run").mkdir()
+    with FileLock(tmp_path / "run" / "fleet.lock"), pytest.raises(BadInput, match="no other fleet works on"):
+        train(config(shards, tmp_path / "run"))
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["fleet.lock"]
 
 
 def test_more_missing_than_a_run_bears_is_said_at_once(shards, tmp_path):

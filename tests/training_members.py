@@ -92,7 +92,7 @@ class TrainingFleet:
         """Steps in the log."""
         return self.run.steps.read_bytes().count(b"\n") if self.run.steps.exists() else 0
 
-    def wait(self, what=None, seconds: float = 120.0) -> None:
+    def wait(self, what=None, seconds: float = 300.0) -> None:
         """Until `what` is true, by default until all members have ended."""
         wait_for(what or (lambda: not self.living), "the fleet", seconds)
 

@@ -39,14 +39,12 @@ from raysegment.applications.fake_cluster import fake_cluster
 from raysegment.archive.manifest import Manifest
 from raysegment.elastic import chaos
 from raysegment.elastic.settings import TrainConfig, plain
+from raysegment.elastic.worker import make_learner
 from raysegment.feed.session import worker_environment
 from raysegment.feed.stream import open_stream
 from raysegment.learning.exchange import Distributed
-from raysegment.learning.losses import class_weights
-from raysegment.learning.normalise import Normaliser
 from raysegment.learning.optim import OptimConfig
 from raysegment.learning.state import TrainState, capture, restore
-from raysegment.learning.step import Learner, initialise
 
 try:  # neither is part of Ray's public interface
     from ray.data._internal.cluster_autoscaler.default_autoscaling_coordinator import get_or_create_autoscaling_coordinator
@@ -149,7 +147,10 @@ def train_as_usual(settings: Mapping[str, Any]) -> None:
     torch.set_num_threads(1)
     rank, world = dist.get_rank(), dist.get_world_size()
     manifest = Manifest.load(config.shards)
-    learner = _learner(config, manifest)
+    device = ray.train.torch.get_device()
+    assert isinstance(device, torch.device)
+    learner = make_learner(config, manifest, device)
+    learner.world = Distributed()
     if (kept := ray.train.get_checkpoint()) is not None:
         with kept.as_directory() as directory:
             restore(learner, torch.load(Path(directory) / "state.pt", weights_only=False))
@@ -161,14 +162,6 @@ def train_as_usual(settings: Mapping[str, Any]) -> None:
         if (item.step + 1) % every == 0:
             learner.settle()
             _report(item.step, capture(learner) if rank == 0 else None)
-
-
-def _learner(config: TrainConfig, manifest: Manifest) -> Learner:
-    network = initialise(config.network, config.learn.seed)
-    normaliser = Normaliser.of(manifest.mean, [max(std, 1e-30) for std in manifest.std], config.channel_names)
-    weights, device = class_weights(manifest.class_counts, config.learn.loss.weights), ray.train.torch.get_device()
-    assert isinstance(device, torch.device)
-    return Learner(network, config.learn, normaliser, weights, Distributed(), device)
 
 
 def _report(step: int, state: TrainState | None) -> None:

@@ -35,7 +35,7 @@ class Seat:
     committed: int = 0  # steps in its state
     origin: str = "new"  # where its state is from: "new", "file", "kept", or "generation" (it was a member)
     lineage: int = 0  # the generation in which it was last a member
-    mark: tuple[int, int] = (-1, 0)  # step and phase it has reached in this generation
+    mark: int = -1  # the step whose exchange it has reached in this generation
     marked: float = 0.0
     pace: Pace = field(default_factory=Pace)
 
@@ -64,7 +64,9 @@ class Assembly:
     _arrived: float | None = None  # when the last of those who wait for a first generation arrived
     _gone: dict[str, float] = field(default_factory=dict)  # let go while their processes live, since when
     _waits: str = ""
+    _parted: set[str] = field(default_factory=set)  # members that have left the broken generation, back or not
     _resumed: float = 0.0
+    _stopped: float = 0.0
     _appointed: bool = False  # whether this machine has ever appointed anybody
 
     def resume(self, generation: int, members: list[str], now: float) -> None:
@@ -95,6 +97,7 @@ class Assembly:
             self._note("lost", member=uid, rank=rank, why=why)
             if rank is not None:
                 self._break(f"{uid}: {why}", now)
+                self._parted.add(uid)
         self._form(now)
 
     def beat(self, uid: str, now: float) -> None:
@@ -115,12 +118,12 @@ class Assembly:
                 self._send(member, "pending")
         self._form(now)
 
-    def reached(self, uid: str, generation: int, mark: tuple[int, int], pace: Mapping[str, float], now: float) -> None:
+    def reached(self, uid: str, generation: int, step: int, pace: Mapping[str, float], now: float) -> None:
         """A member has done its own part of a step and waits for the others; `pace` says what took its time."""
         seat = self.seats.get(uid)
         if seat is None or generation != self.generation or uid not in self.members:
             return
-        seat.mark, seat.marked, seat.seen = mark, now, now
+        seat.mark, seat.marked, seat.seen = step, now, now
         if pace:
             seat.pace.add(pace)
 
@@ -130,10 +133,10 @@ class Assembly:
 
     # ------------------------------------------------------------ what the fleet says
 
-    def stop(self, why: str) -> None:
-        """Everybody commits what there is and ends."""
+    def stop(self, why: str, now: float) -> None:
+        """Everybody commits what there is and ends: a group of any size, and nobody is waited for for long."""
         if not self.stopping:
-            self.stopping = why
+            self.stopping, self._stopped = why, now
             self._note("stop", why=why)
             for uid in self.seats:
                 self._send(uid, "stop", why=why)
@@ -163,6 +166,8 @@ class Assembly:
                 self._note("replace", member=uid)
                 self._send(uid, "replace")
         self._form(now)
+        if self.stopping and not self.seats and now - self._stopped > self.ladder.meeting_s:
+            self.finish()  # what there is to keep is in memory and in files
 
     def look_for_stragglers(self, now: float) -> None:
         """Name members that need more than three times as long as is usual, and let them go if that is wished."""
@@ -188,7 +193,7 @@ class Assembly:
         for uid, seat in self.seats.items():
             if now - seat.seen > ladder.silence_s:
                 yield uid, f"silent for {now - seat.seen:.1f} s"
-        living = [uid for uid in self.members if uid in self.seats]
+        living = self._awaited()
         if self.broken:
             limit = ladder.meeting_s + 3 * self._usual_s()
             for uid in living:
@@ -200,7 +205,7 @@ class Assembly:
 
     def _late(self, living: list[str], now: float) -> Iterator[tuple[str, str]]:
         """Members that all others have been waiting for too long."""
-        newest = max((self.seats[uid].mark for uid in living), default=(-1, 0))
+        newest = max((self.seats[uid].mark for uid in living), default=-1)
         late = [uid for uid in living if self.seats[uid].mark < newest]
         there = [uid for uid in living if uid not in late]
         if not late or not there:
@@ -208,7 +213,11 @@ class Assembly:
         since = max(self.seats[uid].marked for uid in there)  # all but the late ones wait since then
         if now - since > max(self.ladder.lateness_s, 10 * self._usual_s()):
             for uid in late:
-                yield uid, f"{now - since:.1f} s late at step {newest[0]}"
+                yield uid, f"{now - since:.1f} s late at step {newest}"
+
+    def _awaited(self) -> list[str]:
+        """Members of this generation that are still there, by rank; who has left it and is back comes as somebody new."""
+        return [uid for uid in self.members if uid in self.seats and uid not in self._parted]
 
     def _usual_s(self) -> float:
         """The usual seconds of a member's own part of a step, 0 as long as nobody has said."""
@@ -235,11 +244,11 @@ class Assembly:
         """The next generation, if the time has come."""
         if self.done or not self.broken:
             return
-        old = [uid for uid in self.members if uid in self.seats]
+        old = self._awaited()
         if not all(self.seats[uid].ready for uid in old):
             return
         waiting = sorted(uid for uid, seat in self.seats.items() if seat.ready)
-        if len(waiting) < self.least:
+        if len(waiting) < (1 if self.stopping else self.least):
             if waiting or self._appointed:
                 self._say_waiting(len(waiting))
             return
@@ -259,6 +268,7 @@ class Assembly:
         self.generation, self._waits = self.generation + 1, ""
         joined = [uid for uid in order if uid not in self.members]
         self.members, self.broken, self._appointed = order, False, True
+        self._parted.clear()
         top = self.seats[source]
         self._note(
             "generation", generation=self.generation, members=order, committed=top.committed, origin=top.origin, source=source,
@@ -272,7 +282,7 @@ class Assembly:
         }  # fmt: skip
         for rank, uid in enumerate(order):
             seat = self.seats[uid]
-            seat.ready, seat.lineage, seat.mark, seat.marked = False, self.generation, (-1, 0), seat.seen
+            seat.ready, seat.lineage, seat.mark, seat.marked = False, self.generation, -1, seat.seen
             self._send(uid, "generation", rank=rank, keeps=nodes.index(nodes[rank]) == rank, **common)
 
     def _source(self, order: list[str]) -> tuple[str, list[str]]:

@@ -152,6 +152,11 @@ class Plan:
         faults = tuple(_fault(part) for part in parts if part not in chance)
         return Plan(faults, _random(chance[0]) if chance else None)
 
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """Kinds of the random faults."""
+        return self.random.kinds if self.random else ()
+
     def __str__(self) -> str:
         return "; ".join(str(part) for part in (*self.faults, self.random) if part is not None)
 
@@ -186,6 +191,11 @@ class Injector:
         due = [fault for fault in self.plan.due(step, member, at) if fault not in self._done]
         self._done.update(due)
         return Plan(tuple(due)).fire(step, member, self.folder, self.record, at) if due else []
+
+    def suffer(self, text: str) -> list[Fault]:
+        """The same for faults that somebody else has chosen for this process: here and now."""
+        plan = Plan.parse(text)
+        return [left for fault in plan.faults for left in plan.fire(fault.step, fault.member, self.folder, self.record)]
 
 
 # ---------------------------------------------------------------- marks

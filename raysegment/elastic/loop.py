@@ -63,24 +63,29 @@ class Loop:
     place: Generation | None = None
     started: float = field(default_factory=time.perf_counter)
     leaving: bool = False
+    cell_fault: Callable[[Fault], None] = field(default=lambda _: None)  # what happens to roster or driver (chaos)
 
     def __post_init__(self) -> None:
         self._committed_at = time.perf_counter()
         self._waiting = True  # nothing to tell outside steps
         self._drag, self._drag_steps = 1.0, 0
         self._validated = 0
+        self.learner.before_micro_batch = self.member.check
 
     def run(self) -> str:
         """ "done" or "left"."""
         origin = self.safe.take_best(self.learner)
         while True:
             self.place = self.member.meet(self.learner.committed, origin)
+            if self.place.rank in self.place.behind:
+                origin = "stale"  # until the source's state is here: what this member has, others do not go on from
             try:
                 self._take_up(self.place)
                 origin = "generation"
-                if self._train():
+                last = self._train()
+                if last is not None and self._leaves(last):
                     return "left"
-                if self.learner.committed == self.config.steps or self.member.stopping:
+                if self.learner.committed == self.config.steps or (last is not None and count(last.signals, STOP)):
                     self._conclude()
                     return "done"
             except (Interrupted, Setback):
@@ -113,8 +118,8 @@ class Loop:
 
     # ------------------------------------------------------------ steps
 
-    def _train(self) -> bool:
-        """Steps until training is finished or members are to meet again; True when this cell leaves."""
+    def _train(self) -> StepInfo | None:
+        """Steps until training is finished or members are to meet again; the last one, with what was wished with it."""
         info = None
         for item in self.stream:
             info = self._step(item)
@@ -124,7 +129,7 @@ class Loop:
         if last is not None:
             self._after(last)
             info = last if info is None or not self._must_meet(info) else info
-        return info is not None and self._leaves(info)
+        return info
 
     def _step(self, item: StepInput) -> StepInfo | None:
         self._begun, self._waiting, self._item = time.perf_counter(), False, item
@@ -155,7 +160,7 @@ class Loop:
         self._fire("exchange", self._item.step)
         micro_batches = len(self._item.micro_batches)
         own = time.perf_counter() - self._begun
-        self.member.at(self._item.step, 0, {"load_s": self._item.load_s, "compute_s": own, "micro_batches": micro_batches})
+        self.member.at(self._item.step, {"load_s": self._item.load_s, "compute_s": own, "micro_batches": micro_batches})
 
     def _wishes(self) -> int:
         """What this member would have happen after a step."""
@@ -225,6 +230,9 @@ class Loop:
         """Chaos: what is due at this place."""
         for fault in self.injector.fire(step, self._place().rank, at):
             self._suffer(fault)
+        while self.member.faults:
+            for fault in self.injector.suffer(self.member.faults.popleft()):
+                self._suffer(fault)
 
     def _suffer(self, fault: Fault) -> None:
         """A fault that is not a signal to this process."""
@@ -236,8 +244,6 @@ class Loop:
             self.safe.forget_node()
         else:
             self.cell_fault(fault)
-
-    cell_fault: Callable[[Fault], None] = lambda _: None  # roster, driver: set by who has their handles
 
     def _place(self) -> Generation:
         assert self.place is not None

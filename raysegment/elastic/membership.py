@@ -36,6 +36,7 @@ from raysegment.elastic.wire import MEMBER, connect, pack
 from raysegment.learning.exchange import Interrupted
 
 _log = logging.getLogger(__name__)
+UNHEARD = "there is no roster, or it was lost before it answered"
 _RECORDS = 256  # step lines kept for a roster that is away; after so many the member waits for it
 
 
@@ -84,6 +85,7 @@ class Member:
         self.group: Group | None = None
         self.broken = threading.Event()
         self.records: deque[tuple[int, dict[str, Any]]] = deque(maxlen=_RECORDS)
+        self.faults: deque[str] = deque()  # chaos: what the roster has this member suffer
         self.logged = 0
         self.away_since: float | None = None
         self._change = threading.Condition()
@@ -160,6 +162,8 @@ class Member:
                 self._take_place(Generation.of(message))
             elif (op == "broken" and message["generation"] == self.generation) or op == "ejected":
                 self.broken.set()
+            elif op == "suffer":
+                self.faults.append(message["fault"])
             elif op == "pending":
                 self.pending = True
             elif op == "stop":
@@ -255,9 +259,9 @@ class Member:
 
     # ------------------------------------------------------------ what the roster hears
 
-    def at(self, step: int, phase: int, pace: Mapping[str, float]) -> None:
+    def at(self, step: int, pace: Mapping[str, float]) -> None:
         """This member has done its part and waits for the others."""
-        self._send({"op": "at", "generation": self.generation, "mark": [step, phase], "pace": dict(pace)})
+        self._send({"op": "at", "generation": self.generation, "step": step, "pace": dict(pace)})
 
     def record(self, step: int, line: dict[str, Any], send: bool) -> None:
         """Keep a committed step's line, and send it if this member writes the log."""
@@ -267,15 +271,12 @@ class Member:
         if self.away and len(self.records) == _RECORDS:
             self.wait_for_roster()  # nothing more can be remembered for it
 
-    def wait_for_roster(self) -> bool:
-        """Until there is a line to it again; False when there was one all the time. Lost after too long."""
-        if not self.away:
-            return False
+    def wait_for_roster(self) -> None:
+        """Until there is a line to it; Lost after too long."""
         with self._change:
             while self.away and not self.over:
                 self._check_presence()
                 self._change.wait(self.ladder.beat_s)
-        return True
 
     def send_records(self) -> None:
         """The lines of steps that the log lacked when this generation began."""
@@ -287,16 +288,16 @@ class Member:
                 self._send({"op": "record", "generation": self.generation, "step": step, "line": line})
 
     def commit(self, draft: Any, seconds: float) -> str:
-        """Have the roster publish a draft; "" when that is done, else why not; waits for the answer."""
+        """Have the roster publish a draft; "" when that is done, else why not: UNHEARD when the line was lost meanwhile."""
         message = {"op": "commit", "generation": self.generation, "draft": asdict(draft), "seconds": seconds}
-        deadline = time.monotonic() + self.ladder.absence_s
         with self._change:
             self._answers.pop(draft.step, None)
+            line = self._line
             if not self._send(message):
-                return "there is no roster"
+                return UNHEARD
             while draft.step not in self._answers:
-                if time.monotonic() > deadline or self.away:
-                    return "the roster did not answer"
+                if self._line is not line:
+                    return UNHEARD
                 self._change.wait(self.ladder.beat_s)
             return self._answers.pop(draft.step)["why"]
 

@@ -13,7 +13,6 @@ import asyncio
 import json
 import os
 import secrets
-import signal
 import time
 from collections.abc import Mapping
 from contextlib import suppress
@@ -28,6 +27,7 @@ from raysegment.archive.files import committed
 from raysegment.archive.places import Place
 from raysegment.climate.checks import BadInput
 from raysegment.elastic.assembly import Assembly
+from raysegment.elastic.chaos import Plan
 from raysegment.elastic.checkpoints import Draft, prune, publish, remove_orphans
 from raysegment.elastic.ladder import Ladder
 from raysegment.elastic.runs import Run, StepLog
@@ -47,6 +47,11 @@ class Address:
     token: str
 
 
+def writer_tag(uid: str) -> str:
+    """How a member's drafts of checkpoints are named."""
+    return uid.replace(".", "-")
+
+
 class Roster:
     """The server. `news` holds all that happened since this process began, in order; the run's events file has it too."""
 
@@ -55,7 +60,7 @@ class Roster:
         self.run, self.config, self.host, self.token = Run(config.out), config, host, secrets.token_hex(32)
         self.ladder = Ladder(elastic.patience_s)
         self.checkpoints = Place.of(config.checkpoint_place)
-        self.lock = FileLock(self.run.folder / "roster.lock")
+        self.lock = FileLock(self.run.folder / "roster.lock", thread_local=False)
         with suppress(LockTimeout):
             self.lock.acquire(timeout=self.ladder.absence_s)
         if not self.lock.is_locked:
@@ -72,9 +77,12 @@ class Roster:
         self.lines: dict[str, asyncio.StreamWriter] = {}  # of members
         self.beats: dict[str, asyncio.StreamWriter] = {}
         self.news: list[dict[str, Any]] = []
-        self.repeated = 0
         self.gave_up: dict[str, Any] | None = None
-        self._asleep = 0.0
+        self._commits: set[asyncio.Task[None]] = set()
+        self._publishing = asyncio.Lock()
+        chance = Plan.parse(config.chaos).random
+        self._blows = iter(chance or ())
+        self._blow, self._struck = next(self._blows, None), time.monotonic()
 
     async def start(self) -> Address:
         """Listen; the address for members."""
@@ -84,16 +92,8 @@ class Roster:
 
     def stop(self, why: str) -> None:
         """Have everybody commit and end."""
-        self.assembly.stop(why)
+        self.assembly.stop(why, time.monotonic())
         self._deliver()
-
-    def inflict(self, uid: str, order: Mapping[str, Any]) -> bool:
-        """Pass an order (chaos: kill, stop, cont, term, …) to the process beside a member; False when there is none."""
-        line = self.beats.get(uid)
-        if line is None:
-            return False
-        line.write(pack(dict(order)))
-        return True
 
     # ------------------------------------------------------------ connections
 
@@ -150,14 +150,14 @@ class Roster:
         """What a member says."""
         now, op = time.monotonic(), message["op"]
         if op == "at":
-            mark = (int(message["mark"][0]), int(message["mark"][1]))
-            self.assembly.reached(uid, message["generation"], mark, message["pace"], now)
+            self.assembly.reached(uid, message["generation"], int(message["step"]), message["pace"], now)
         elif op == "record":
             self._log(uid, message)
         elif op == "ready":
             self.assembly.ready(uid, int(message["committed"]), message["origin"], now)
         elif op == "commit":
-            await self._commit(uid, message)
+            self._commits.add(task := asyncio.create_task(self._commit(uid, message)))  # its member may say more meanwhile
+            task.add_done_callback(self._commits.discard)
         elif op == "failed":
             self._failed(uid, message)
         elif op == "bye":
@@ -181,33 +181,27 @@ class Roster:
 
     async def _commit(self, uid: str, message: dict[str, Any]) -> None:
         """Publish a checkpoint that a current member has drafted, and tell it whether that worked."""
-        draft, why = Draft(**message["draft"]), ""
-        if not self.assembly.is_current(uid, message["generation"]):
-            why = f"generation {message['generation']} is over"
-            self.record(
-                {
-                    "event": "fenced",
-                    "member": uid,
-                    "what": f"checkpoint of step {draft.step}",
-                    "generation": message["generation"],
-                }
-            )
-        else:
-            why = await asyncio.to_thread(self._publish, draft, float(message["seconds"]))
-        self._send(uid, {"op": "committed", "step": draft.step, "ok": not why, "why": why})
+        draft, why, generation = Draft(**message["draft"]), "", message["generation"]
+        async with self._publishing:
+            if self.assembly.is_current(uid, generation):
+                writers = [writer_tag(other) for other in self.assembly.seats]
+                why = await asyncio.to_thread(self._publish, draft, float(message["seconds"]), writers)
+            else:
+                why = f"generation {generation} is over"
+                self.record({"event": "fenced", "member": uid, "what": f"checkpoint {draft.step}", "generation": generation})
+        self._send(uid, {"op": "committed", "step": draft.step, "why": why})
 
-    def _publish(self, draft: Draft, seconds: float) -> str:
+    def _publish(self, draft: Draft, seconds: float, writers: list[str]) -> str:
+        """Make a draft official, in a thread; "" or why not."""
         try:
             self.log.sync()
             published = publish(self.checkpoints, draft)
             prune(self.checkpoints, self.config.checkpoint.keep)
-            remove_orphans(self.checkpoints, [uid.replace(".", "-") for uid in list(self.assembly.seats)])
+            remove_orphans(self.checkpoints, writers)
         except (OSError, BadInput) as error:
             self.record({"event": "checkpoint_failed", "step": draft.step, "error": str(error)})
             return str(error)
-        self.record(
-            {"event": "checkpoint", "step": draft.step, "path": str(published).rstrip("/").rpartition("/")[2], "seconds": seconds}
-        )
+        self.record({"event": "checkpoint", "step": draft.step, "path": Place.of(published).name, "seconds": seconds})
         return ""
 
     def _failed(self, uid: str, message: dict[str, Any]) -> None:
@@ -244,10 +238,20 @@ class Roster:
                     self.assembly.beat(uid, now)
                 continue
             self.assembly.tick(now)
+            self._strike(now)
             if now - stragglers > _STRAGGLERS_EVERY_S:
                 stragglers = now
                 self.assembly.look_for_stragglers(now)
             self._deliver()
+
+    def _strike(self, now: float) -> None:
+        """Chaos: tell a member which fault to suffer next, when one of the random ones is due."""
+        members = self.assembly.members
+        if self._blow is None or now - self._struck < self._blow.after_s or self.assembly.broken or not members:
+            return
+        fault = self._blow.fault(self.assembly.logged, len(members))
+        self._send(members[fault.member], {"op": "suffer", "fault": str(fault)})
+        self._struck, self._blow = now, next(self._blows)
 
     def _deliver(self) -> None:
         """Write down what happened, then tell whom it concerns."""
@@ -255,7 +259,6 @@ class Roster:
         for note in notes:
             if note["event"] == "generation":
                 self._write_journal()
-                self.repeated += note["repeated"]
             if note["event"] == "lost":
                 self.verdict.loss()
             self.record(note)
@@ -330,15 +333,7 @@ class RosterActor:
         """Have everybody commit and end."""
         self.roster.stop(why)
 
-    async def inflict(self, uid: str, order: dict[str, Any]) -> bool:
-        """Chaos: see `Roster.inflict`."""
-        return self.roster.inflict(uid, order)
-
     async def close(self) -> None:
         """The log is on the disk and the run's lock free."""
         self.roster.log.close()
         self.roster.lock.release()
-
-    async def die(self) -> None:
-        """Chaos: as if the process had been killed, which it is."""
-        os.kill(os.getpid(), signal.SIGKILL)

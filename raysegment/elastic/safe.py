@@ -27,7 +27,8 @@ from raysegment.elastic.capture import Buffers, parted
 from raysegment.elastic.checkpoints import Draft, Facts
 from raysegment.elastic.intervals import Mtbf, checkpoint_every_s, snapshot_every
 from raysegment.elastic.keeper import Keeper, Kept, forget, memory_folder, newest
-from raysegment.elastic.membership import Generation, Member
+from raysegment.elastic.membership import UNHEARD, Generation, Member
+from raysegment.elastic.roster import writer_tag
 from raysegment.elastic.runs import Run
 from raysegment.elastic.saver import FILE, MEMORY, Refused, Saved, Saver, Superseded
 from raysegment.elastic.settings import TrainConfig, other_values, plain
@@ -56,8 +57,7 @@ class Safe:
         self.place = Place.of(config.checkpoint_place)
         self.memory = memory_folder(config.checkpoint.memory)
         self.buffers = Buffers()
-        tag = self.member.uid.replace(".", "-")
-        self.saver = Saver(self.place, tag, self._commit, self._failed, self._saved)
+        self.saver = Saver(self.place, writer_tag(self.member.uid), self._commit, self._failed, self._saved)
         self.manifest_sha256 = set_id(manifest_bytes(config.shards))
         self.writes = self.keeps = False
         self._every, self._cost_s = max(1, config.checkpoint.memory_steps), 0.0
@@ -163,8 +163,9 @@ class Safe:
             if not why:
                 return
             self.member.check()
-            if not self.member.wait_for_roster():
+            if why != UNHEARD:
                 raise OSError(f"{self.place}: the last checkpoint was not published: {why}")
+            self.member.wait_for_roster()
 
     def _about(self, state: TrainState) -> Facts:
         step, held = int(state.facts["step"]), self.manifest

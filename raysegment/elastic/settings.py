@@ -129,7 +129,9 @@ class TrainConfig:
             )
         if self.elastic.workers_per_cell and self.workers not in (1, self.elastic.workers_per_cell):
             raise ValueError(f"workers: expected elastic.workers_per_cell alone, got workers={self.workers} beside it")
-        Plan.parse(self.chaos)
+        plan = Plan.parse(self.chaos)
+        if self.elastic.cells[1] == 1 and "driver" in {*(fault.kind for fault in plan.faults), *plan.kinds}:
+            raise ValueError("chaos: expected several cells for `driver`, whose death is the run's where there is one")
 
     @property
     def workers_per_cell(self) -> int:

@@ -7,6 +7,7 @@ import threading
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch._C._distributed_c10d import Store
 
 from raysegment.elastic.group import Group, build_group
@@ -34,17 +35,27 @@ def synchronise(
 
 
 def _pass_on(learner: Learner, group: Group, giver: bool) -> int:
-    """Facts first, which say what tensors there are; then the tensors as they lie."""
+    """Facts first, then the tensors as they lie. A receiver changes only when all has arrived: half a state is none."""
     device = learner.flat.values.device
-    told = _broadcast_json(facts(learner) if giver else None, group, device)
-    if not giver:
-        adopt(learner, told)
-    passed = 0
-    for tensor in live(learner).values():
+    if giver:
+        own = live(learner)
+        shapes = [[name, str(tensor.dtype).removeprefix("torch."), list(tensor.shape)] for name, tensor in own.items()]
+        _broadcast_json({"facts": facts(learner), "tensors": shapes}, group, device)
+        _broadcast_all(own, group)
+        return 0
+    told = _broadcast_json(None, group, device)
+    received = {name: torch.empty(shape, dtype=getattr(torch, kind), device=device) for name, kind, shape in told["tensors"]}
+    _broadcast_all(received, group)
+    adopt(learner, told["facts"])
+    for name, tensor in live(learner).items():
+        tensor.copy_(received[name])
+    return sum(tensor.nbytes for tensor in received.values())
+
+
+def _broadcast_all(tensors: dict[str, Tensor], group: Group) -> None:
+    for tensor in tensors.values():
         if tensor.numel():
-            passed += tensor.numel() * tensor.element_size()
             group.broadcast(tensor, 0)
-    return 0 if giver else passed
 
 
 def _broadcast_json(value: Any, group: Group, device: torch.device) -> Any:

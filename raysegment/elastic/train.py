@@ -23,6 +23,7 @@ from raysegment.archive.places import Place
 from raysegment.archive.shards import ShardSet
 from raysegment.climate.checks import BadInput
 from raysegment.elastic.cells import Room
+from raysegment.elastic.chaos import Plan, unfired
 from raysegment.elastic.checkpoints import newest_valid, read_checkpoint
 from raysegment.elastic.fleet import Fleet
 from raysegment.elastic.ladder import Ladder
@@ -253,6 +254,7 @@ def _summary(run: Run, config: TrainConfig, manifest: Manifest) -> dict[str, Any
     return {
         **summarise(read_lines(run.steps)[0], flops),
         **run.account(config.steps, config.learn.global_batch),
+        "faults_not_fired": [str(fault) for fault in unfired(run.folder / "chaos", Plan.parse(config.chaos))],
         "workers": config.workers_per_cell,
         "checkpoint": str(checkpoint),
         "state_sha256": provenance["state_sha256"],

@@ -19,7 +19,7 @@ import ray.train
 import ray.train.torch
 import torch
 
-from raysegment.archive.manifest import Manifest, manifest_bytes, set_id
+from raysegment.archive.manifest import Manifest
 from raysegment.climate.checks import BadInput
 from raysegment.elastic.chaos import Fault, Injector, Plan
 from raysegment.elastic.companion import Companion
@@ -43,10 +43,9 @@ def work(settings: Mapping[str, Any]) -> None:
     config: TrainConfig = settings["config"]
     started = time.perf_counter()
     device = prepare_device(config)
-    learner = make_learner(config, Manifest.load(config.shards), device)
-    member = _member(config, settings["roster"], settings["cell"], device)
+    member = _member(config, settings["roster"], settings["cell"], device)  # first: whatever fails now is told
     try:
-        _live(config, settings, learner, member, started)
+        _live(config, settings, member, device, started)
     except Exception as error:
         bad = error.__reduce__()[1] if isinstance(error, BadInput) else None
         lasting = not isinstance(error, RuntimeError | OSError)  # those may be the machine's, and gone with the next try
@@ -65,8 +64,9 @@ def _given_up(member: Member) -> bool:
     return member.over
 
 
-def _live(config: TrainConfig, settings: Mapping[str, Any], learner: Learner, member: Member, started: float) -> None:
+def _live(config: TrainConfig, settings: Mapping[str, Any], member: Member, device: torch.device, started: float) -> None:
     manifest, run = Manifest.load(config.shards), Run(config.out)
+    learner = make_learner(config, manifest, device)
     learner.warm_up(*manifest.tile)
     quarantine = Quarantine(manifest.tiles, config.feed.max_damaged, run.folder / FILE)
     order = config.order(manifest)
@@ -147,13 +147,9 @@ def _elsewhere(settings: Mapping[str, Any]) -> Callable[[Fault], None]:
     """Faults of other processes: the roster's, the cell's driver's."""
 
     def inflict(fault: Fault) -> None:
-        victim = settings["roster"] if fault.kind == "roster" else settings.get("driver")
-        if victim is not None:
-            ray.kill(victim, no_restart=False) if fault.kind == "roster" else ray.kill(victim)
+        if fault.kind == "roster":
+            ray.kill(settings["roster"], no_restart=False)
+        else:
+            ray.kill(settings["driver"])
 
     return inflict
-
-
-def manifest_sha256(shards: str) -> str:
-    """Identity of the shard set in a folder or below a URI."""
-    return set_id(manifest_bytes(shards))

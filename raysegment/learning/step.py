@@ -22,7 +22,7 @@ statistics are means over the usable tiles of the whole step, each micro-batch w
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -203,6 +203,7 @@ class Learner:
         self._terms = Terms(config.exchange, config.micro_batches, config.micro_batch, config.wire)
         sizes = [p.numel() for p in self.flat.parameters]
         self._cut = buckets(sizes, self.flat.weights, len(self.statistics.values), bucket_bytes)
+        self.before_micro_batch: Callable[[], None] = lambda: None  # may raise Interrupted: no need to compute more then
         self._followed: Exchange | None = None  # the one that is told which gradients are there
         for index, parameter in enumerate(self.flat.parameters if config.overlap and not config.lag else ()):
             parameter.register_post_accumulate_grad_hook(partial(self._ready, index))
@@ -310,6 +311,7 @@ class Learner:
         try:
             with self.statistics, self._weights_of_step():
                 for index, micro in enumerate(item.micro_batches):
+                    self.before_micro_batch()
                     self._compute(micro, item.step, exchange, follow=index == last and not self.config.lag)
         finally:
             self._followed = None
