@@ -6,6 +6,7 @@ import argparse
 import json
 import os
 import sys
+import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext, redirect_stdout
 from dataclasses import asdict, dataclass, is_dataclass, replace
@@ -22,6 +23,8 @@ from raysegment.applications.bench_feed import FeedBenchConfig, bench_feed
 from raysegment.applications.bench_feed import lines as feed_lines
 from raysegment.applications.bench_step import AGAINST, StepConfig, bench_step, profile
 from raysegment.applications.campaign import CampaignConfig, run_campaign
+from raysegment.applications.chaos import ChaosConfig, chaos
+from raysegment.applications.chaos import lines as chaos_lines
 from raysegment.applications.demo import DemoConfig, run_demo
 from raysegment.applications.evaluate import evaluate
 from raysegment.applications.events_table import write_events
@@ -29,6 +32,7 @@ from raysegment.applications.experiment import ExperimentConfig, run_experiment
 from raysegment.applications.inspect_ import inspect
 from raysegment.applications.pictures import draw_files, draw_occurrence
 from raysegment.applications.segment import SegmentConfig, segment
+from raysegment.applications.strikes import KINDS
 from raysegment.applications.synthesize import synthesize
 from raysegment.archive.places import Place
 from raysegment.climate.checks import BadInput
@@ -78,7 +82,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return FAILURE
         if options.json:
             print(json.dumps(_jsonable(result)), file=out, flush=True)
-    return 0
+    return FAILURE if result.get("kept") is False else 0
 
 
 def script() -> int:
@@ -226,6 +230,40 @@ def _train(options: argparse.Namespace, console: Console) -> dict[str, Any]:
     print(f"{result['steps']} steps, {result['samples_per_s']:.2f} samples/s, {loss}")
     print(f"checkpoint: {result['checkpoint']}")
     return result
+
+
+def _chaos_options(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("config", help="a YAML file of a small training job, e.g. tests/chaos.yaml")
+    sub.add_argument("options", nargs="*", metavar="key=value", help="override its keys, e.g. shards=DIR steps=300")
+    sub.add_argument("--kills", type=int, default=0, metavar="N", help="kill a worker so many times")
+    sub.add_argument("--nodes", type=int, default=0, metavar="N", help="end a node so many times; it comes back")
+    sub.add_argument("--faults", default="", metavar="KIND=N,…", help=f"other faults, of {', '.join(KINDS)}")
+    sub.add_argument("--minutes", type=float, default=0.0, help="instead: a mixture of all kinds for so long")
+    sub.add_argument("--every", type=float, default=3.0, metavar="S", help="seconds between those, on average (default 3)")
+    sub.add_argument("--seed", type=int, default=0, help="of order and victims (default 0)")
+    sub.add_argument("--without-vanilla", action="store_true", help="do not measure plain Ray Train beside it")
+    sub.add_argument("--out", type=Path, help="folder for the runs and the report (default: runs/chaos-TIME)")
+
+
+def _chaos(options: argparse.Namespace, console: Console) -> dict[str, Any]:
+    source, overrides = _config_and_overrides(options.config, options.options)
+    counts = {"kill": options.kills, "node": options.nodes, **_counts(options.faults)}
+    asked = {"counts": counts, "minutes": options.minutes, "every_s": options.every, "seed": options.seed}
+    settings = config.load(ChaosConfig, asked | {"vanilla": not options.without_vanilla}, "command line")
+    out = options.out or Path(f"runs/chaos-{time.strftime('%Y%m%d-%H%M%S')}")
+    with console.phase("chaos"):
+        result = chaos(_configured(TrainConfig, source, overrides), settings, out, console.say)
+    print("\n".join(chaos_lines(result)))
+    print(f"report: {out / 'report.md'}")
+    return result
+
+
+def _counts(text: str) -> dict[str, int]:
+    """`stop=20,pause=5` as numbers of kinds."""
+    try:
+        return {kind.strip(): int(number) for kind, _, number in (part.partition("=") for part in text.split(",") if part)}
+    except ValueError:
+        raise BadInput("--faults", "KIND=NUMBER,…, e.g. stop=20,roster=3", text, f"Kinds: {', '.join(KINDS)}.") from None
 
 
 def _tune_options(sub: argparse.ArgumentParser) -> None:
@@ -464,6 +502,8 @@ VERBS = (
          "raysegment distribute shards --to /local/cache", _distribute_options, _distribute),
     Verb("train", "train a network on shards, elastically",
          "raysegment train small shards=shards out=runs/first steps=300", _train_options, _train),
+    Verb("chaos", "a training job under faults on fake nodes: what it costs, and whether the result is the same",
+         "raysegment chaos tests/chaos.yaml shards=shards --kills 20 --nodes 3", _chaos_options, _chaos),
     Verb("evaluate", "IoU of masks against truth", "raysegment evaluate masks archive", _evaluate_options, _evaluate),
     Verb("events", "the objects in masks as a table with tracks",
          "raysegment events masks --sources archive --out events", _events_options, _events),

@@ -148,5 +148,3 @@ def _claim(out: Path, labeller: Labeller, config: SegmentConfig) -> None:
     temporary = marker.with_name(f".{MARKER}.{os.getpid()}.tmp")
     temporary.write_text(json.dumps(claim))
     temporary.replace(marker)
-
-

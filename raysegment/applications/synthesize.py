@@ -18,9 +18,7 @@ from raysegment.climate.synthetic import SyntheticConfig, SyntheticSnapshot, gen
 from raysegment.feed.session import ensure_ray
 
 
-def synthesize(
-    out: str | Path, config: SyntheticConfig, progress: Callable[[int, int], None] | None = None
-) -> list[Path]:
+def synthesize(out: str | Path, config: SyntheticConfig, progress: Callable[[int, int], None] | None = None) -> list[Path]:
     """Files of all snapshots of `config` in `out`, written in parallel; files that are there are kept."""
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)

@@ -270,9 +270,10 @@ class Assembly:
         self.members, self.broken, self._appointed = order, False, True
         self._parted.clear()
         top = self.seats[source]
+        who = {key: [self.seats[uid].facts.get(key) for uid in order] for key in ("node", "cell", "pid")}
         self._note(
             "generation", generation=self.generation, members=order, committed=top.committed, origin=top.origin, source=source,
-            brought_up=behind, joined=joined, repeated=max(0, self.logged - top.committed),
+            brought_up=behind, joined=joined, repeated=max(0, self.logged - top.committed), **who,
         )  # fmt: skip
         nodes = [self.seats[uid].facts.get("node") for uid in order]
         common = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +11,7 @@ import ray
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
+from raysegment.elastic.runs import Run
 from raysegment.elastic.settings import TrainConfig
 from raysegment.elastic.worker import work
 
@@ -51,4 +53,5 @@ class CellDriver:
 
     def drive(self, config: TrainConfig, cell: int, room: Room, roster: Any) -> dict[str, Any]:
         """See `drive`."""
+        Run(config.out).event("cell", cell=cell, node=room.node, what="driven", pid=os.getpid())
         return drive(config, cell, room, roster, ray.get_runtime_context().current_actor)

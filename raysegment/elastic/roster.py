@@ -306,8 +306,8 @@ class RosterActor:
         again = ray.get_runtime_context().was_current_actor_reconstructed
         self.roster = Roster(config, ray.util.get_node_ip_address(), resume=bool(again))
         self.starting: asyncio.Task[Address] | None = None
-        if again:
-            self.roster.record({"event": "roster_restarted", "pid": os.getpid(), "generation": self.roster.assembly.generation})
+        kind = "roster_restarted" if again else "roster"
+        self.roster.record({"event": kind, "pid": os.getpid(), "generation": self.roster.assembly.generation})
 
     async def address(self) -> Address:
         """Where members find it; the first call makes it listen."""
