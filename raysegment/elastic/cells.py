@@ -49,7 +49,10 @@ def drive(config: TrainConfig, cell: int, room: Room, roster: Any, driver: Any =
 
 @ray.remote(num_cpus=0, max_restarts=0)
 class CellDriver:
-    """A cell's driver in a process of its own, on the node of the cell's workers."""
+    """A cell's driver in a process of its own, as a rule on the node of the cell's workers."""
+
+    def warm(self) -> None:
+        """Returns when everything is imported."""
 
     def drive(self, config: TrainConfig, cell: int, room: Room, roster: Any) -> dict[str, Any]:
         """See `drive`."""

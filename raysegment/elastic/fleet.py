@@ -1,7 +1,9 @@
 """The fleet: starts the roster and the cells, finds them room, starts again those whose driver died, ends when training does.
 
     one cell        its trainer is driven by this process
-    several cells   each is driven by an actor on the node that has room for it, and tried again there or elsewhere for ever
+    several cells   each is driven by an actor on the node that has room for it, and tried again there or elsewhere for ever;
+                    once a driver has died another one is kept ready here, for the next cell that finds room again, so that
+                    it is back sooner (a few cells only: the others' drivers start on their own nodes)
 
 Room is asked for with a placement group on one node: Ray grants it where and when there is some (and an autoscaler sees the
 wish); it is given back at once, and the cell's trainer, bound to that node, takes its place.
@@ -27,6 +29,7 @@ from raysegment.elastic.runs import Run
 from raysegment.elastic.settings import TrainConfig
 
 _LOOK_S = 0.1
+_DRIVEN_FROM_HERE = 4  # cells at most, besides those that have this node's room
 _PATIENCE_WITH_FAILURES = 2.0  # seconds before a cell that failed at once is tried again, doubled each time, up to a minute
 
 
@@ -42,6 +45,7 @@ class Cell:
     started: float = 0.0
     not_before: float = 0.0
     failures: int = 0
+    from_here: bool = False
 
 
 class Fleet:
@@ -50,8 +54,10 @@ class Fleet:
     def __init__(self, config: TrainConfig, run: Run, room: Room, say: Callable[[str], None]):
         self.config, self.run_files, self.room, self.say = config, run, room, say
         self.ladder = Ladder(config.elastic.patience_s)
-        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
-        self.roster = RosterActor.options(scheduling_strategy=here).remote(config)  # pyright: ignore[reportAttributeAccessIssue]
+        self._here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
+        self._spare: Any = None  # a driver without a cell
+        self._warm: Any = None
+        self.roster = RosterActor.options(scheduling_strategy=self._here).remote(config)  # pyright: ignore[reportAttributeAccessIssue]
         self.cells = [Cell(number) for number in range(config.elastic.cells[1])]
         self._heard = (0, 0)  # the roster's process, how many of its news
         self._stop = ""
@@ -113,11 +119,25 @@ class Fleet:
         nodes = set(placement_group_table(cell.wish)["bundles_to_node_id"].values())
         remove_placement_group(cell.wish)
         cell.wish, cell.node, cell.started = None, nodes.pop(), time.monotonic()
-        there = NodeAffinitySchedulingStrategy(cell.node, soft=False)
         room = Room(self.room.workers, self.room.per_worker, self.room.gpu, cell.node)
-        cell.driver = CellDriver.options(scheduling_strategy=there).remote()  # pyright: ignore[reportAttributeAccessIssue]
+        spare = self._take_spare()
+        cell.driver, cell.from_here = spare or _driver(NodeAffinitySchedulingStrategy(cell.node, soft=False)), spare is not None
         cell.running = cell.driver.drive.remote(self.config, cell.number, room, self.roster)
         self.run_files.event("cell", cell=cell.number, node=cell.node, what="started")
+
+    def _take_spare(self) -> Any:
+        """The driver that is ready here; None when there is none, or enough cells are driven from here."""
+        if self._spare is None or not ray.wait([self._warm], timeout=0)[0]:
+            return None
+        if sum(cell.from_here and cell.running is not None for cell in self.cells) >= _DRIVEN_FROM_HERE:
+            return None
+        spare, self._spare = self._spare, None
+        return spare
+
+    def _keep_spare(self) -> None:
+        if self._spare is None:
+            self._spare = _driver(self._here)
+            self._warm = self._spare.warm.remote()
 
     def _look_at(self, cell: Cell) -> None:
         """A cell that has ended though training has not is given room anew; one that keeps failing, later and later."""
@@ -127,6 +147,7 @@ class Fleet:
             why = cast(dict[str, Any], ray.get(cell.running))["error"] or "left"
         except RayError as error:
             why = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+            self._keep_spare()
         quick = time.monotonic() - cell.started < self.ladder.absence_s and "Died" not in why
         cell.failures = cell.failures + 1 if quick else 0
         wait = min(60.0, _PATIENCE_WITH_FAILURES * 2 ** (cell.failures - 1)) if cell.failures else 0.0
@@ -198,7 +219,11 @@ class Fleet:
     def _end(self) -> None:
         """Nothing of this fleet stays."""
         self._withdraw_wishes()
-        for cell in self.cells:
-            if cell.driver is not None:
-                ray.kill(cell.driver)
+        for driver in [self._spare, *(cell.driver for cell in self.cells)]:
+            if driver is not None:
+                ray.kill(driver)
         ray.kill(self.roster)
+
+
+def _driver(where: NodeAffinitySchedulingStrategy) -> Any:
+    return CellDriver.options(scheduling_strategy=where).remote()  # pyright: ignore[reportAttributeAccessIssue]

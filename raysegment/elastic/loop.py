@@ -64,6 +64,7 @@ class Loop:
     started: float = field(default_factory=time.perf_counter)
     leaving: bool = False
     cell_fault: Callable[[Fault], None] = field(default=lambda _: None)  # what happens to roster or driver (chaos)
+    on_place: Callable[[], None] = field(default=lambda: None)  # called whenever this member is ready to train
 
     def __post_init__(self) -> None:
         self._committed_at = time.perf_counter()
@@ -110,6 +111,7 @@ class Loop:
             self.stream.replan(self.learner.step, place.rank, place.size)
         self.safe.new_generation(place)
         group.on_wait = self._waits
+        self.on_place()
         self._committed_at = time.perf_counter()
         if place.rank == 0:
             seconds = time.perf_counter() - self.started

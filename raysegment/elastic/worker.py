@@ -26,6 +26,7 @@ from raysegment.elastic.companion import Companion
 from raysegment.elastic.ladder import Ladder
 from raysegment.elastic.loop import Loop
 from raysegment.elastic.membership import Member, Over
+from raysegment.elastic.priority import step_back
 from raysegment.elastic.roster import Address
 from raysegment.elastic.runs import Run
 from raysegment.elastic.safe import Safe
@@ -42,9 +43,11 @@ def work(settings: Mapping[str, Any]) -> None:
     """`settings`: the resolved TrainConfig as "config", the roster's actor handle, the cell's number and its driver's handle."""
     config: TrainConfig = settings["config"]
     started = time.perf_counter()
+    since_fork_s = _age_s()
     device = prepare_device(config)
     member = _member(config, settings["roster"], settings["cell"], device)  # first: whatever fails now is told
     try:
+        Run(config.out).event("worker", member=member.uid, node=_node_id(), pid=os.getpid(), process_s=since_fork_s)
         _live(config, settings, member, device, started)
     except Exception as error:
         bad = error.__reduce__()[1] if isinstance(error, BadInput) else None
@@ -78,6 +81,8 @@ def _live(config: TrainConfig, settings: Mapping[str, Any], member: Member, devi
     loop = Loop(config, run, member, learner, stream, order, safe, companion, injector, held_out, started=started)
     loop.cell_fault = _elsewhere(settings)
     safe.on_write = loop.at_checkpoint
+    loop.on_place = step_back
+    run.event("worker", member=member.uid, process_s=_age_s())
     try:
         loop.run()
     except Over:
@@ -97,6 +102,15 @@ def _member(config: TrainConfig, roster: Any, cell: int, device: torch.device) -
     host, ladder = ray.util.get_node_ip_address(), Ladder(config.elastic.patience_s)
     backend = "nccl" if device.type == "cuda" else "gloo"
     return Member(find, f"{cell}.{rank}-{uuid.uuid4().hex[:8]}", facts, ladder, host, backend)
+
+
+def _age_s() -> float:
+    """Seconds since this process was started, as the kernel knows; 0 where there is no /proc."""
+    try:
+        since_boot = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19]) / os.sysconf("SC_CLK_TCK")
+    except OSError:
+        return 0.0
+    return time.clock_gettime(time.CLOCK_BOOTTIME) - since_boot
 
 
 def _node_id() -> str:
@@ -121,7 +135,7 @@ def prepare_device(config: TrainConfig) -> torch.device:
         torch.cuda.set_device(device)
     if config.learn.exchange != "fast":
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.set_deterministic_debug_mode("warn")  # use_deterministic_algorithms also loads the compiler: a second of imports
         # A debugging aid that writes every new tensor twice; no result depends on it.
         torch.utils.deterministic.fill_uninitialized_memory = False  # pyright: ignore[reportAttributeAccessIssue]
         torch.backends.cudnn.benchmark = False
