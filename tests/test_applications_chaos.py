@@ -125,7 +125,8 @@ def test_the_scene_follows_the_files(tmp_path: Path) -> None:
     run.steps.write_text('{"step": 5, "generation": 4}\n')
     assert scene.look().going
     assert (scene.roster, scene.drivers, scene.step) == (7, {1: 8}, 5)
-    assert [member.uid for member in scene.members] == ["1.0-aa"] and scene.living == [], "that process does not exist"
+    assert [member.uid for member in scene.members] == ["1.0-aa"]
+    assert scene.living == [], "that process does not exist"
     run.event("broken", generation=4)
     assert not scene.look().going
 
