@@ -5,8 +5,9 @@
                 strikes left, or time, it begins again in a new folder
     vanilla     the same kind of job on plain Ray Train (`vanilla`), for comparison
 
-A counted strike waits until all members are there; with `minutes`, strikes come when their time has come, as long as two
-members are there. Nothing is ever helped: a run that makes no step for `patience_s` is a failure.
+A counted strike waits until the one before has been felt and all members are there again; with `minutes`, strikes come
+when their time has come, as long as two members are there. Nothing is ever helped: a run that makes no step for
+`patience_s` is a failure.
 """
 
 from __future__ import annotations
@@ -225,7 +226,8 @@ class Ready:
     def for_strike(self, striker: Striker) -> bool:
         scene = striker.scene
         there, needed = len(scene.living), self.full if self.counted else min(2, self.full)
-        if not scene.going or there < needed or (self.counted and scene.step > _LAST_SHARE * self.steps):
+        late = scene.step > _LAST_SHARE * self.steps or not striker.felt
+        if not scene.going or there < needed or (self.counted and late):
             self._whole_since = None
             return False
         since = self._whole_since = scene.step if self._whole_since is None else self._whole_since

@@ -35,8 +35,10 @@ from raysegment.elastic.settings import TrainConfig, plain
 
 KINDS = ("kill", "node", "stop", "absent", "pause", "all", "roster", "driver", "keeper", "job")
 DEADLY = ("kill", "node", "stop", "absent", "driver")  # one cell loses members, and gets them back
+GENTLE = ("pause", "roster", "keeper")  # break no generation, as a rule
 # How often each kind comes in an endless mixture: those that cost the run little, oftener
 _MIXTURE = {"kill": 8, "node": 2, "stop": 2, "absent": 2, "pause": 20, "all": 1, "roster": 2, "driver": 2, "keeper": 20, "job": 1}
+_GENTLE_STEPS = 10
 _FIRED_S = 10.0  # for a signal to show
 _ABSENT, _PAUSE = 3.0, 0.25  # times the patience
 
@@ -170,10 +172,12 @@ class Striker:
         self.scene = Scene(job.run)
         self.strikes: list[Strike] = []
         self._lost: list[tuple[int, FakeNode]] = []  # which strike, which node
+        self._roster = 0  # the one there was at the last strike
 
     def strike(self, kind: str) -> Strike:
         """Now. The victim is drawn among the living members."""
         scene = self.scene.look()
+        self._roster = scene.roster
         hit = scene.living if kind == "all" else [self.draw.choice(scene.living)] if scene.living else []
         before = Strike(kind, self.number, time.time(), scene.step, scene.generation)
         if kind in ("node", "driver"):
@@ -183,6 +187,16 @@ class Striker:
         uids, cells = tuple(member.uid for member in hit), tuple(sorted({member.cell for member in hit}))
         self.strikes.append(replace(before, members=uids, cells=cells, fired=fired))
         return self.strikes[-1]
+
+    @property
+    def felt(self) -> bool:
+        """Whether the last strike has had its effect: a new generation, a new roster; of other gentle ones, a few steps."""
+        if not self.strikes:
+            return True
+        last, scene = self.strikes[-1], self.scene
+        if last.kind == "roster":
+            return scene.roster != self._roster
+        return scene.generation > last.generation if last.kind not in GENTLE else scene.step >= last.step + _GENTLE_STEPS
 
     def mend(self) -> None:
         """Add again the nodes that Ray knows to be dead."""

@@ -19,9 +19,8 @@ from typing import Any
 
 import numpy as np
 
-from raysegment.applications.strikes import DEADLY, Strike
+from raysegment.applications.strikes import DEADLY, GENTLE, Strike
 
-_GENTLE = ("pause", "roster", "keeper")  # break no generation, as a rule
 _USUAL_OVER = 20  # steps
 
 Line = Mapping[str, Any]
@@ -42,7 +41,7 @@ def effect(strike: Strike, steps: Sequence[Line], events: Iterable[Line]) -> Eff
     """See the top of this module. `steps` and `events` of the strike's round, in order."""
     generations = [event for event in events if event["event"] == "generation"]
     after = [step for step in steps if step["time"] > strike.time]
-    new = (lambda _: True) if strike.kind in _GENTLE else (lambda step: step["generation"] > strike.generation)
+    new = (lambda _: True) if strike.kind in GENTLE else (lambda step: step["generation"] > strike.generation)
     recovered = next((step["time"] for step in after if new(step)), None)
     until = float("inf") if recovered is None else recovered
     lost = sum(one["repeated"] for one in generations if strike.time < one["time"] <= until)

@@ -2,8 +2,8 @@
 
     one cell        its trainer is driven by this process
     several cells   each is driven by an actor on the node that has room for it, and tried again there or elsewhere for ever;
-                    once a driver has died another one is kept ready here, for the next cell that finds room again, so that
-                    it is back sooner (a few cells only: the others' drivers start on their own nodes)
+                    once training has begun one more is kept ready here, for the next cell that finds room again, so that it
+                    is back sooner (for a few cells only: the others' drivers start on their own nodes)
 
 Room is asked for with a placement group on one node: Ray grants it where and when there is some (and an autoscaler sees the
 wish); it is given back at once, and the cell's trainer, bound to that node, takes its place.
@@ -147,7 +147,6 @@ class Fleet:
             why = cast(dict[str, Any], ray.get(cell.running))["error"] or "left"
         except RayError as error:
             why = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-            self._keep_spare()
         quick = time.monotonic() - cell.started < self.ladder.absence_s and "Died" not in why
         cell.failures = cell.failures + 1 if quick else 0
         wait = min(60.0, _PATIENCE_WITH_FAILURES * 2 ** (cell.failures - 1)) if cell.failures else 0.0
@@ -163,6 +162,8 @@ class Fleet:
             if len(self.cells) > 1 and self._over_at is None:
                 self._tend()
             status = self._ask()
+            if status is not None and status["logged"] and self._over_at is None and len(self.cells) > 1:
+                self._keep_spare()
             if status is not None and self._finished(status, ended):
                 return status
             if ended() and status is not None and not status["done"]:
