@@ -289,11 +289,14 @@ def lines(report: Mapping[str, Any]) -> Iterator[str]:
     yield f"Tiles repeated {report['tiles_repeated']}, missing {report['tiles_missing']}; "
     yield f"steps computed again {report['steps_repeated']}. Median step {report['step_s']:.3f} s."
     yield ""
-    yield "| fault | fired | next step s: p50 | p95 | max | back s: p50 | p95 | cost of joining s: p50 | p95 | steps lost, most |"
-    yield "|---|---|---|---|---|---|---|---|---|---|"
+    columns = ["fault", "fired", *("next step s: p50", "p95", "max"), *("back s: p50", "p95"), *("joining costs s: p50", "p95")]
+    columns += ["gone after s: max", "steps lost, most"]
+    yield f"| {' | '.join(columns)} |"
+    yield "|---" * len(columns) + "|"
     for kind, one in report["kinds"].items():
         recovery, join, cost = one["recovery_s"], one["join_s"], one["join_cost_s"]
         cells = [recovery["p50"], recovery["p95"], recovery["max"], join["p50"], join["p95"], cost["p50"], cost["p95"]]
+        cells.append(one["exit_s"]["max"])
         yield f"| {kind} | {one['fired']} / {one['faults']} | {' | '.join(map(_number, cells))} | {one['steps_lost_max']} |"
     if report["vanilla"]:
         yield ""

@@ -23,6 +23,8 @@ from __future__ import annotations
 import logging
 import os
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -89,6 +91,13 @@ class FakeCluster:
         """End a node's processes at once. Ray hears of it by and by: see `wait_dead`."""
         chaos.kill_node(node.raylet)
         self._forget(node)
+
+    def announce_end(self, node: FakeNode, deadline_s: int = 60) -> None:
+        """Have Ray tell everybody that a node will end, as an autoscaler does before a pre-emption; it lives on until killed."""
+        words = ["drain-node", "--address", self.address, "--node-id", node.id, "--reason", "DRAIN_NODE_REASON_PREEMPTION"]
+        words += ["--reason-message", "announced", "--deadline-remaining-seconds", str(deadline_s)]
+        done = subprocess.run([sys.executable, "-m", "ray.scripts.scripts", *words], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
 
     def bury(self) -> list[FakeNode]:
         """The nodes that have ended by other hands than `kill_node` (a worker's own, say) since this was last asked."""

@@ -33,12 +33,14 @@ from raysegment.elastic.keeper import memory_folder
 from raysegment.elastic.runs import Run, read_lines
 from raysegment.elastic.settings import TrainConfig, plain
 
-KINDS = ("kill", "node", "stop", "absent", "pause", "all", "roster", "driver", "keeper", "job")
-DEADLY = ("kill", "node", "stop", "absent", "driver")  # one cell loses members, and gets them back
+KINDS = ("kill", "node", "stop", "absent", "pause", "all", "roster", "driver", "keeper", "job", "drain", "term")
+DEADLY = ("kill", "node", "stop", "absent", "driver", "drain")  # one cell loses members, and gets them back
 GENTLE = ("pause", "roster", "keeper")  # break no generation, as a rule
 # How often each kind comes in an endless mixture: those that cost the run little, oftener
-_MIXTURE = {"kill": 8, "node": 2, "stop": 2, "absent": 2, "pause": 20, "all": 1, "roster": 2, "driver": 2, "keeper": 20, "job": 1}
+_MIXTURE = {"kill": 8, "node": 2, "stop": 2, "absent": 2, "pause": 20, "all": 1, "roster": 2, "driver": 2, "keeper": 20, "job": 1,
+            "drain": 1, "term": 1}  # fmt: skip
 _GENTLE_STEPS = 10
+_STOPPED = 143  # the exit code of a command that has ended on SIGTERM
 _FIRED_S = 10.0  # for a signal to show
 _ABSENT, _PAUSE = 3.0, 0.25  # times the patience
 
@@ -47,7 +49,8 @@ _ABSENT, _PAUSE = 3.0, 0.25  # times the patience
 class Strike:
     """One blow: at `time`, in round `round`, when the run was at step `step` in generation `generation`.
 
-    `members` and `cells` were hit; `fired`: it was seen to have happened; `back`: when a lost node was there again.
+    `members` and `cells` were hit; `fired`: it was seen to have happened; `back`: when a lost node was there again, or the
+    command that was asked to end had ended.
     """
 
     kind: str
@@ -172,6 +175,7 @@ class Striker:
         self.scene = Scene(job.run)
         self.strikes: list[Strike] = []
         self._lost: list[tuple[int, FakeNode]] = []  # which strike, which node
+        self._draining: list[tuple[int, FakeNode]] = []
         self._roster = 0  # the one there was at the last strike
 
     def strike(self, kind: str) -> Strike:
@@ -180,12 +184,13 @@ class Striker:
         self._roster = scene.roster
         hit = scene.living if kind == "all" else [self.draw.choice(scene.living)] if scene.living else []
         before = Strike(kind, self.number, time.time(), scene.step, scene.generation)
-        if kind in ("node", "driver"):
-            where = (lambda member: member.node) if kind == "node" else (lambda member: member.cell)
+        if kind in ("node", "drain", "driver"):
+            where = (lambda member: member.cell) if kind == "driver" else (lambda member: member.node)
             hit = [member for member in scene.members if hit and where(member) == where(hit[0])]
         fired = bool(hit) and self._deed(kind, hit)
         uids, cells = tuple(member.uid for member in hit), tuple(sorted({member.cell for member in hit}))
-        self.strikes.append(replace(before, members=uids, cells=cells, fired=fired))
+        back = time.time() if kind == "term" else None
+        self.strikes.append(replace(before, members=uids, cells=cells, fired=fired, back=back))
         return self.strikes[-1]
 
     @property
@@ -200,6 +205,11 @@ class Striker:
 
     def mend(self) -> None:
         """Add again the nodes that Ray knows to be dead."""
+        for index, node in self._draining:
+            if not any(member.node == node.id for member in self.scene.living):
+                self._draining.remove((index, node))
+                self.cluster.kill_node(node)
+                self._lost.append((index, node))
         if not self._lost:
             return
         living = self.cluster.living()
@@ -222,9 +232,21 @@ class Striker:
             return _killed([self.scene.drivers[hit[0].cell]])
         if kind == "keeper":
             return self._keeper(hit[0].node)
-        os.kill(self.job.process.pid, signal.SIGKILL)
-        self.job.process.wait()
+        return self._drain(hit[0].node) if kind == "drain" else self._command(kind)
+
+    def _command(self, kind: str) -> bool:
+        """End the command, one way or the other, and start it again."""
+        self.job.process.send_signal(signal.SIGTERM if kind == "term" else signal.SIGKILL)
+        code = self.job.process.wait()
         self.job.start()
+        return code == (_STOPPED if kind == "term" else -signal.SIGKILL)
+
+    def _drain(self, name: str) -> bool:
+        node = next((node for node in self.cluster.nodes if node.id == name), None)
+        if node is None:
+            return False
+        self.cluster.announce_end(node)
+        self._draining.append((len(self.strikes), node))
         return True
 
     def _stopped(self, kind: str, pid: int) -> bool:

@@ -6,6 +6,7 @@ Steps carry the time at which they were certain and the generation that did them
     join_s        from t (for a node: from when it was there again) to the first step of a generation that somebody from the
                   same cell has joined
     join_cost_s   how much longer than usual that step took to come after the one before it
+    exit_s        of `term`: from t until the command had ended; of `drain`: until training went on without the node
     lost          steps that had been logged and were computed again by generations formed until the recovery
 """
 
@@ -34,6 +35,7 @@ class Effect:
     recovery_s: float | None
     join_s: float | None
     join_cost_s: float | None
+    exit_s: float | None
     lost: int
 
 
@@ -47,12 +49,14 @@ def effect(strike: Strike, steps: Sequence[Line], events: Iterable[Line]) -> Eff
     lost = sum(one["repeated"] for one in generations if strike.time < one["time"] <= until)
     joined = _joined(strike, generations)
     first = None if joined is None else next((i for i, step in enumerate(steps) if step["generation"] == joined), None)
-    since = strike.back if strike.kind == "node" else strike.time
+    since = strike.back if strike.kind in ("node", "drain") else strike.time
+    ended = {"term": strike.back, "drain": recovered}.get(strike.kind)
     return Effect(
         strike,
         None if recovered is None else recovered - strike.time,
         None if first is None or since is None else steps[first]["time"] - since,
         None if not first else _cost(steps, first),
+        None if ended is None else ended - strike.time,
         lost,
     )
 
@@ -102,5 +106,6 @@ def _of_kind(effects: Sequence[Effect]) -> dict[str, Any]:
         "recovery_s": spread(one.recovery_s for one in effects),
         "join_s": spread(one.join_s for one in effects),
         "join_cost_s": spread(one.join_cost_s for one in effects),
+        "exit_s": spread(one.exit_s for one in effects),
         "steps_lost_max": max(one.lost for one in effects),
     }
