@@ -17,6 +17,8 @@ import numpy as np
 
 from raysegment import config
 from raysegment.applications.bench import BenchConfig, bench
+from raysegment.applications.bench_elastic import ElasticBenchConfig, bench_elastic
+from raysegment.applications.bench_elastic import lines as elastic_lines
 from raysegment.applications.bench_exchange import ExchangeBenchConfig, bench_exchange
 from raysegment.applications.bench_exchange import lines as exchange_lines
 from raysegment.applications.bench_feed import FeedBenchConfig, bench_feed
@@ -348,10 +350,10 @@ def _inspect(options: argparse.Namespace, console: Console) -> dict[str, Any]:
 
 def _bench_options(sub: argparse.ArgumentParser) -> None:
     what = (
-        "step: the training step; exchange: what members tell each other in a step; "
+        "step: the training step; exchange: what members tell each other in a step; elastic: what a fleet costs; "
         "feed: tiles by our stream and by others' readers; rest: reading tiles, and the rules"
     )
-    sub.add_argument("what", choices=("step", "exchange", "feed", "rest"), help=what)
+    sub.add_argument("what", choices=("step", "exchange", "elastic", "feed", "rest"), help=what)
     keys = "e.g. network.tiramisu.growth=16; feed: tiles=24 consumers=[1,2] peers=hdf5_dataloader,webdataset; rest: height=72"
     sub.add_argument("options", nargs="*", metavar="key=value", help=keys)
     step = sub.add_argument_group("step")
@@ -379,6 +381,8 @@ def _bench(options: argparse.Namespace, console: Console) -> dict[str, Any]:
         return _bench_feed(options, console)
     if options.what == "exchange":
         return _bench_exchange(options, console)
+    if options.what == "elastic":
+        return _bench_elastic(options, console)
     settings = _configured(StepConfig, None, [*_step_words(options), *options.options])
     if options.profile:
         return _bench_profile(settings, console)
@@ -404,6 +408,15 @@ def _bench_exchange(options: argparse.Namespace, console: Console) -> dict[str, 
     for name, found in result["cases"].items():
         what = f"{name}: {found['parameters'] / 1e6:.2f} M parameters, {' × '.join(map(str, found['size']))} per member and step"
         table(what, ["what", "median", ""], list(exchange_lines(found)))
+    return result
+
+
+def _bench_elastic(options: argparse.Namespace, console: Console) -> dict[str, Any]:
+    settings = _configured(ElasticBenchConfig, None, options.options)
+    with console.phase("bench elastic") as report:
+        result = bench_elastic(settings, report)
+    what = f"{result['world']} members over gloo, {result['micro_batches']} micro-batches each, against a bare loop in turn"
+    table(what, ["what there is", "step s", "bare s", "cost", "quartiles"], list(elastic_lines(result)))
     return result
 
 
