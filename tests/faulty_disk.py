@@ -42,6 +42,7 @@ class Disk:
         self.real = {name: getattr(os, name) for name in (*CHANGES, "open", "write")}
         self.dirty: set[int] = set()  # inodes of files that are not synced
         self.renamed: list[tuple[Path, Path]] = []  # and renames
+        self.operations: list[int] = []  # what was spent before each that is no write
 
     @contextmanager
     def installed(self) -> Iterator[Disk]:
@@ -82,6 +83,7 @@ class Disk:
         if self.ended or (self.spent + cost > self.budget and (write or not self.writes_only)):
             self.ended = not self.writes_only
             raise self.end()
+        self.operations.append(self.spent)
         self.spent += cost
 
     def _synced(self, handle: int) -> None:

@@ -24,6 +24,14 @@ def write_shards(folder: Path, tiles: int = 11, first: int = 0) -> Path:
     return folder
 
 
+def spoil(shards: Path, tile: int) -> None:
+    """Flip a bit of a tile."""
+    part, manifest = shards / "part-00000.arrow", Manifest.load(shards)
+    content = bytearray(part.read_bytes())
+    content[manifest.shards[0].offsets[tile] + 2000] ^= 1
+    part.write_bytes(content)
+
+
 def config(shards: Path, out: Path, **changes) -> TrainConfig:
     """Twelve steps of six tiles in micro-batches of two, exact exchange."""
     settings = {

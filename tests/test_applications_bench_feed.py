@@ -17,7 +17,6 @@ from raysegment.applications.bench_feed import MODULES, OURS, FeedBenchConfig, p
 from raysegment.applications.readers.apart import Apart, LeftOut, call_apart, write
 from raysegment.archive.shards import open_shards
 from raysegment.cli import BAD_INPUT, main
-from raysegment.feed.session import ensure_ray
 from tests.reader_passes import checksums, deliver, fail, sleep, vanish
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -30,7 +29,6 @@ PATIENCE_S = 120.0
 
 def ray_address() -> dict[str, str]:
     """The environment in which processes find this one's Ray."""
-    ensure_ray(num_cpus=2)
     return {"RAY_ADDRESS": ray.get_runtime_context().gcs_address}
 
 
@@ -55,15 +53,16 @@ def children(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def readers() -> list:
-    """(reader, consumers); those of other libraries in pairs, and Ray's own, which takes a minute, among the slow tests."""
+    """(reader, consumers); one of them in a pair, the others alone, Ray's own, which takes a minute, among the slow tests."""
     pairs = [(name, world) for name in MODULES for world in (1, 2)]
-    slow = {(name, world) for name, world in pairs if name == "ray_parquet" or (world == 2 and name != "mmap_reused")}
+    quick = {(name, 2 if name == "mmap_reused" else 1) for name in MODULES if name != "ray_parquet"}
+    slow = {*pairs} - quick
     return [pytest.param(*pair, marks=[pytest.mark.slow] * (pair in slow)) for pair in pairs]
 
 
 @pytest.mark.ray
 @pytest.mark.parametrize(("name", "world"), readers())
-@pytest.mark.usefixtures("children")
+@pytest.mark.usefixtures("children", "two_cpus")
 def test_every_reader_delivers_every_tile_once(name: str, world: int, source: Path, tmp_path: Path) -> None:
     ready(name)
     environment = ray_address() if name in WITH_RAY else {}
@@ -83,9 +82,10 @@ def test_every_reader_delivers_every_tile_once(name: str, world: int, source: Pa
 
 def test_a_missing_library_is_left_out_with_its_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(bench_feed.MODULES, "webdataset", "absent")
+    monkeypatch.setattr(bench_feed, "OURS", ("mmap",))
     config = FeedBenchConfig(height=16, width=32, tiles=4, peers="webdataset,mmap_reused")
     folders, left_out = prepare(config, tmp_path, lambda *_: None)
-    assert set(folders) == {*OURS, "mmap_reused"}
+    assert set(folders) == {"mmap", "mmap_reused"}
     assert left_out == {"webdataset": "raysegment.applications.readers.absent is not installed"}
 
 

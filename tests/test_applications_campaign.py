@@ -6,7 +6,6 @@ import csv
 from pathlib import Path
 
 import pytest
-import ray
 import yaml
 
 from raysegment import config as configuration
@@ -14,7 +13,6 @@ from raysegment.applications.campaign import CampaignConfig, Dimension, recent_l
 from raysegment.climate.checks import BadInput
 from raysegment.elastic.runs import Run
 from raysegment.elastic.settings import TrainConfig
-from raysegment.feed.session import ensure_ray
 from tests.helpers import ROOT
 from tests.small_training import write_shards
 
@@ -39,49 +37,43 @@ def campaign(out: Path, shards: Path, **changes) -> CampaignConfig:
 
 @pytest.mark.ray
 @pytest.mark.timeout(280)
+@pytest.mark.usefixtures("two_cpus")
 def test_two_trials_on_two_cpus_and_again(tmp_path, monkeypatch):
     """With paths relative to where it is started: trials run in directories of their own."""
     monkeypatch.chdir(tmp_path)
     write_shards(tmp_path / "s")
-    ensure_ray(num_cpus=2)
-    try:
-        settings = campaign(Path("c"), Path("s"))
-        result = run_campaign(settings)
-        assert (result["trials"], result["finished"]) == (2, 2)
-        assert result["best"] == {"learn.optim.lr": 1e-2}
-        rows = list(csv.DictReader(Path(result["results"]).read_text().splitlines()))
-        assert [float(row["learn.optim.lr"]) for row in rows] == [1e-2, 1e-5]
-        assert float(rows[0]["loss"]) < float(rows[1]["loss"])
-        best = configuration.load(TrainConfig, configuration.read_yaml(result["best_config"]))
-        assert best.learn.optim.lr == 1e-2
-        assert best.steps == 10
-        assert Path(result["pictures"][0]).stat().st_size > 5000
-        assert "| 0.01 | finished | 10 |" in Path(result["report"]).read_text()
-        before = {path: path.stat().st_mtime_ns for path in (tmp_path / "c" / "trials").glob("*/steps.jsonl")}
-        assert run_campaign(settings) == result
-        assert {path: path.stat().st_mtime_ns for path in (tmp_path / "c" / "trials").glob("*/steps.jsonl")} == before
-        with pytest.raises(BadInput, match="other values of trials"):
-            run_campaign(campaign(Path("c"), Path("s"), trials=9))
-    finally:
-        ray.shutdown()
+    settings = campaign(Path("c"), Path("s"))
+    result = run_campaign(settings)
+    assert (result["trials"], result["finished"]) == (2, 2)
+    assert result["best"] == {"learn.optim.lr": 1e-2}
+    rows = list(csv.DictReader(Path(result["results"]).read_text().splitlines()))
+    assert [float(row["learn.optim.lr"]) for row in rows] == [1e-2, 1e-5]
+    assert float(rows[0]["loss"]) < float(rows[1]["loss"])
+    best = configuration.load(TrainConfig, configuration.read_yaml(result["best_config"]))
+    assert best.learn.optim.lr == 1e-2
+    assert best.steps == 10
+    assert Path(result["pictures"][0]).stat().st_size > 5000
+    assert "| 0.01 | finished | 10 |" in Path(result["report"]).read_text()
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "c" / "trials").glob("*/steps.jsonl")}
+    assert run_campaign(settings) == result
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "c" / "trials").glob("*/steps.jsonl")} == before
+    with pytest.raises(BadInput, match="other values of trials"):
+        run_campaign(campaign(Path("c"), Path("s"), trials=9))
 
 
 @pytest.mark.slow
 @pytest.mark.ray
 @pytest.mark.timeout(900)
+@pytest.mark.usefixtures("two_cpus")
 def test_poor_trials_are_stopped_early_and_give_their_cpus_back(tmp_path):
-    ensure_ray(num_cpus=2)
-    try:
-        search, shards = {"learn.optim.lr": {"log": [1e-7, 1e-2]}}, write_shards(tmp_path / "s")
-        asha = {"searcher": "optuna", "scheduler": "asha", "trials": 6, "reduction": 2}
-        settings = campaign(tmp_path / "c", shards, search=search, train={**SMALL, "shards": str(shards), "steps": 400}, **asha)
-        result = run_campaign(settings)
-        assert result["trials"] == 6
-        assert result["finished"] >= 1
-        assert result["stopped"] >= 1
-        assert result["failed"] == 0
-    finally:
-        ray.shutdown()
+    search, shards = {"learn.optim.lr": {"log": [1e-7, 1e-2]}}, write_shards(tmp_path / "s")
+    asha = {"searcher": "optuna", "scheduler": "asha", "trials": 6, "reduction": 2}
+    settings = campaign(tmp_path / "c", shards, search=search, train={**SMALL, "shards": str(shards), "steps": 400}, **asha)
+    result = run_campaign(settings)
+    assert result["trials"] == 6
+    assert result["finished"] >= 1
+    assert result["stopped"] >= 1
+    assert result["failed"] == 0
 
 
 def test_wrong_keys_and_bounds_are_refused_before_anything_starts(tmp_path):

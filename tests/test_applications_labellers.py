@@ -15,7 +15,6 @@ from raysegment.climate.checks import BadInput
 from raysegment.climate.grid import Grid
 from raysegment.climate.synthetic import SyntheticConfig, generate
 from raysegment.elastic.checkpoints import Facts, read_checkpoint, write_checkpoint
-from raysegment.elastic.train import train
 from raysegment.feed.stream import FeedConfig
 from raysegment.learning.metrics import confusion, iou
 from raysegment.learning.optim import OptimConfig
@@ -23,6 +22,7 @@ from raysegment.learning.step import LearnConfig
 from raysegment.networks import NetworkConfig, TiramisuConfig, build
 from tests.small_archive import fields_and_mask
 from tests.small_training import config, write_shards
+from tests.training_members import alone
 
 TINY = NetworkConfig(tiramisu=TiramisuConfig(first=8, growth=4, kernel=3, blocks=(1, 1, 1), dropout=0.0))
 SNAPSHOT = generate(SyntheticConfig(snapshots=8, height=24, width=48), 1)
@@ -134,15 +134,13 @@ def test_a_network_of_unknown_channels_is_refused(tmp_path: Path) -> None:
         parse_labeller(write(tmp_path, ("TMQ", "CHLOROPHYLL")))
 
 
-@pytest.mark.ray
-@pytest.mark.usefixtures("two_cpus")
 def test_four_channels_from_training_to_the_mask(tmp_path: Path) -> None:
     """Cyclones lie where PSL is low, rivers where TMQ is high: who reads these finds both in maps it has not seen."""
     names = ("PSL", "U850", "TMQ", "V850")
     learn = LearnConfig(global_batch=6, micro_batch=3, seed=3, optim=OptimConfig(lr=3e-2))
     shards = write_shards(tmp_path / "shards")
-    asked = config(shards, tmp_path / "run", channels=names, steps=30, learn=learn, feed=FeedConfig(kind="direct"))
-    facts = read_checkpoint(train(asked)["checkpoint"]).facts
+    asked = config(shards, "", channels=names, steps=30, learn=learn, feed=FeedConfig(kind="direct"))
+    facts = read_checkpoint(alone(asked, tmp_path / "run").run.folder).facts
     assert (facts.channels, facts.network.channels, len(facts.mean), len(facts.std)) == (names, 4, 4, 4)
     made, counts = labeller(tmp_path / "run"), np.zeros((3, 3))
     for seed in range(100, 104):

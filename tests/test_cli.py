@@ -93,6 +93,7 @@ def test_unknown_rule_suggests(tmp_path: Path, capsys: pytest.CaptureFixture[str
 
 
 @pytest.mark.ray
+@pytest.mark.usefixtures("two_cpus")
 def test_tutorial_on_a_real_map(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The README's tutorial: a real map by rules, staged, trained on, and labelled by what was trained."""
     source = real_data(MAP)

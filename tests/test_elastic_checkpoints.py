@@ -350,12 +350,12 @@ def check_aftermath(folder: Path, thorough: bool = True) -> int:
 
 
 def die_everywhere(tmp_path: Path, count: float) -> list[int]:
-    """What is left after a writer, or the whole machine, died at each of `count` bytes and operations."""
+    """What is left after a writer, or the whole machine, died at each operation and at `count` bytes."""
     write(tmp_path / "before", 1)
     whole = free()
     trial(tmp_path, whole)
     count = min(count, whole.spent)
-    points = {round(index * whole.spent / count) for index in range(int(count))} | {*range(whole.spent - 30, whole.spent)}
+    points = {round(index * whole.spent / count) for index in range(int(count))} | {*whole.operations}
     left = []
     for index, point in enumerate(sorted(points)):
         disk = Disk(point, Died)
@@ -367,9 +367,9 @@ def die_everywhere(tmp_path: Path, count: float) -> list[int]:
     return left
 
 
-def test_a_writer_that_dies_at_any_of_1000_bytes_leaves_a_whole_checkpoint(tmp_path):
-    left = die_everywhere(tmp_path, 1000)
-    assert len(left) >= 1000
+def test_a_writer_that_dies_at_any_operation_leaves_a_whole_checkpoint(tmp_path):
+    left = die_everywhere(tmp_path, 300)
+    assert len(left) >= 300
     assert left == sorted(left), "once it is there, it stays"
     assert {*left} == {1, 2}
 

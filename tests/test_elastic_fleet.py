@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 
+from raysegment.archive.manifest import Manifest
 from raysegment.elastic.checkpoints import read_checkpoint
+from raysegment.elastic.runs import read_lines
 from raysegment.elastic.settings import CheckpointConfig, ElasticConfig, ValidationConfig
+from raysegment.feed.quarantine import FILE
 from raysegment.feed.stream import FeedConfig
 from raysegment.learning.optim import OptimConfig
 from raysegment.learning.step import LearnConfig
 from tests.ledger import read
-from tests.small_training import config, write_shards
+from tests.small_training import config, spoil, write_shards
 from tests.training_members import TrainingFleet, alone
 
 
@@ -133,6 +137,22 @@ def test_a_kill_anywhere_changes_nothing(shards, tmp_path, undisturbed, place):
     assert state(fleet) == undisturbed(**changes)
     found = {event["step"]: event["iou"] for event in fleet.events("validation")}
     assert sorted(found) == [25, 50]
+
+
+def test_members_go_on_without_a_damaged_tile(shards, tmp_path):
+    """Two members, one of whom is killed, and one alone learn the same; what is left out are the tile's positions, all."""
+    shutil.copytree(shards, tmp_path / "shards")
+    spoil(tmp_path / "shards", 4)
+    asked = settings(tmp_path / "shards", tmp_path / "run", chaos="kill@step=7,member=1", **LONG)
+    fleet = disturbed(asked, lambda fleet: fleet.add(2))
+    assert [event["fault"] for event in fleet.events("fault")] == [asked.chaos]
+    assert state(fleet) == state(alone(asked, tmp_path / "alone"))
+    cases = [json.loads(line) for line in (fleet.run.folder / FILE).read_text().splitlines() if line]
+    assert {case["tile"] for case in cases} == {4}
+    order, steps = asked.order(Manifest.load(shards)), read_lines(fleet.run.steps)[0]
+    missed = [sum(order.tile(position) == 4 for position in range(6 * step, 6 * step + 6)) for step in range(60)]
+    assert [(step["quarantined"], step["samples"]) for step in steps] == [(count, 6 - count) for count in missed]
+    assert sum(missed) > 20
 
 
 def always(members):

@@ -19,7 +19,7 @@ from raysegment.elastic.runs import Run
 from raysegment.elastic.safe import state_sha256
 from raysegment.elastic.train import train
 from raysegment.feed.stream import FeedConfig
-from tests.small_training import config, write_shards
+from tests.small_training import config, spoil, write_shards
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("two_cpus")]
 
@@ -108,14 +108,6 @@ def test_an_interrupted_run_continues(undisturbed, shards, tmp_path):
     assert [step["step"] for step in lines(out / "steps.jsonl")] == list(range(12))
 
 
-def spoil(shards: Path, tile: int) -> None:
-    """Flip a bit of a tile."""
-    part, manifest = shards / "part-00000.arrow", Manifest.load(shards)
-    content = bytearray(part.read_bytes())
-    content[manifest.shards[0].offsets[tile] + 2000] ^= 1
-    part.write_bytes(content)
-
-
 def test_bad_input_in_a_worker_ends_the_run(shards, tmp_path):
     """A tile damaged, in strict mode: no endless restarts, the reason is said, nothing looks complete."""
     private, out = tmp_path / "shards", tmp_path / "run"
@@ -140,12 +132,6 @@ def train_without_a_tile(shards: Path, out: Path, **changes) -> dict:
     assert summary["quarantined"] == missed
     assert summary["samples"] == 12 * 6 - missed
     return summary
-
-
-def test_training_goes_on_without_a_damaged_tile(shards, tmp_path):
-    shutil.copytree(shards, tmp_path / "shards")
-    spoil(tmp_path / "shards", 4)
-    train_without_a_tile(tmp_path / "shards", tmp_path / "run")
 
 
 @pytest.mark.slow

@@ -79,12 +79,10 @@ def test_missing_rights_stop_at_once(remote, s3_server, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def two_cpus_after(remote):
+def two_cpus_after(remote, end_of_ray):
     """A local Ray started after the store, so that its processes know the credentials."""
     ray.shutdown()
     ensure_ray(num_cpus=2)
-    yield
-    ray.shutdown()
 
 
 @pytest.mark.usefixtures("two_cpus_after")

@@ -14,7 +14,6 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -30,6 +29,7 @@ from raysegment.learning.optim import OptimConfig
 from raysegment.learning.state import TrainState, capture, restore
 from raysegment.learning.step import LearnConfig, Learner, StepInfo, initialise
 from raysegment.networks import DeepLabConfig, NetworkConfig, TiramisuConfig
+from tests.members import CONTEXT
 
 NET = NetworkConfig(tiramisu=TiramisuConfig(first=4, growth=4, kernel=3, blocks=(1, 1), dropout=0.2))
 CONFIG = LearnConfig(
@@ -435,10 +435,8 @@ def _gloo(rank: int, size: int, store: str, queue) -> None:
 
 def test_same_bits_over_gloo(tmp_path):
     """Three processes (their own random states) against one."""
-    torch.set_num_threads(1)
-    context = mp.get_context("spawn")
-    queue = context.Queue()
-    members = [context.Process(target=_gloo, args=(rank, 3, str(tmp_path / "store"), queue)) for rank in range(3)]
+    queue = CONTEXT.Queue()
+    members = [CONTEXT.Process(target=_gloo, args=(rank, 3, str(tmp_path / "store"), queue)) for rank in range(3)]
     for member in members:
         member.start()
     for member in members:
