@@ -13,6 +13,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.optim.adam import adam
+from torch.optim.sgd import sgd
 
 from raysegment.learning.flat import Flat
 from raysegment.networks.blocks import choose
@@ -94,27 +96,12 @@ class Optimizer:
     def __init__(self, flat: Flat, config: OptimConfig):
         self.flat, self.config = flat, config
         split = flat.split
-        self.parts = [torch.nn.Parameter(part) for part in (flat.values[:split], flat.values[split:]) if part.numel()]
-        grads = [part for part in (flat.grads[:split], flat.grads[split:]) if part.numel()]
-        for part, grad in zip(self.parts, grads, strict=True):
-            part.grad = grad
+        self.parts = [part for part in (flat.values[:split], flat.values[split:]) if part.numel()]
+        self._grads = [part for part in (flat.grads[:split], flat.grads[split:]) if part.numel()]
         folded = config.larc and config.optimizer == "sgd"  # LARC's λ contains the decay then
-        decays = [0.0 if folded else config.weight_decay, 0.0]
-        groups = [{"params": [part], "weight_decay": decay} for part, decay in zip(self.parts, decays, strict=False)]
-        self.torch = _torch_optimizer(groups, config)
+        self._decays = [0.0 if folded else config.weight_decay, 0.0][: len(self.parts)]
+        self.states = [_fresh_state(part, config) for part in self.parts]  # by name, for each part
         self.ema = flat.values.clone() if config.ema else None
-        self._fill_state()
-
-    def _fill_state(self) -> None:
-        """Create the optimizer's vectors now, as its first step would, so that a state can be loaded into them."""
-        for part in self.parts:
-            state = self.torch.state[part]
-            if self.config.optimizer == "sgd":
-                if self.config.momentum:
-                    state["momentum_buffer"] = torch.zeros_like(part)
-            else:
-                state["step"] = torch.zeros((), dtype=torch.float32, device=part.device)
-                state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(part), torch.zeros_like(part)
 
     @torch.no_grad()
     def apply(self, gradient: Tensor, step: int) -> float:
@@ -148,14 +135,16 @@ class Optimizer:
             larc_update_(_layers(flat, flat.values), _layers(flat, before), lr, config)
 
     def _step(self, lr: float) -> None:
-        for group in self.torch.param_groups:
-            group["lr"] = lr
-        self.torch.step()
+        """One of torch's own updates, by its functional form: an object of torch.optim imports the compiler when it is made,
+        a second of every worker's start."""
+        update = _sgd if self.config.optimizer == "sgd" else _adam
+        for part, grad, state, decay in zip(self.parts, self._grads, self.states, self._decays, strict=True):
+            update(part, grad, state, decay, lr, self.config)
 
     def vectors(self) -> dict[str, Tensor]:
         """The optimizer's state: its own vectors by name, whole (P,), and `step` where it counts."""
-        names = sorted({name for part in self.parts for name in self.torch.state[part]} - {"step"})
-        found = {name: torch.cat([self.torch.state[part][name] for part in self.parts]) for name in names}
+        names = sorted({name for state in self.states for name in state} - {"step"})
+        found = {name: torch.cat([state[name] for state in self.states]) for name in names}
         if self.ema is not None:
             found["ema"] = self.ema
         return found
@@ -163,7 +152,7 @@ class Optimizer:
     @property
     def count(self) -> int:
         """Updates made, as far as the optimizer counts them (Adam's bias correction)."""
-        return int(self.torch.state[self.parts[0]].get("step", torch.zeros(())))
+        return int(self.states[0].get("step", torch.zeros(())))
 
     def load(self, vectors: dict[str, Tensor], count: int) -> None:
         """Take over a state that `vectors` and `count` gave."""
@@ -172,18 +161,35 @@ class Optimizer:
                 assert self.ema is not None
                 self.ema.copy_(vector)
                 continue
-            for part, piece in zip(self.parts, vector.split([p.numel() for p in self.parts]), strict=True):
-                self.torch.state[part][name].copy_(piece)
-        for part in self.parts:
-            if "step" in self.torch.state[part]:
-                self.torch.state[part]["step"].fill_(count)
+            for state, piece in zip(self.states, vector.split([p.numel() for p in self.parts]), strict=True):
+                state[name].copy_(piece)
+        for state in self.states:
+            if "step" in state:
+                state["step"].fill_(count)
 
 
-def _torch_optimizer(groups: list[dict], config: OptimConfig) -> torch.optim.Optimizer:
+def _fresh_state(part: Tensor, config: OptimConfig) -> dict[str, Tensor]:
+    """The optimizer's vectors before the first step."""
     if config.optimizer == "sgd":
-        return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, nesterov=config.nesterov, fused=True)
-    kind = torch.optim.Adam if config.optimizer == "adam" else torch.optim.AdamW
-    return kind(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
+        return {"momentum_buffer": torch.zeros_like(part)} if config.momentum else {}
+    count = torch.zeros((), dtype=torch.float32, device=part.device)
+    return {"step": count, "exp_avg": torch.zeros_like(part), "exp_avg_sq": torch.zeros_like(part)}
+
+
+def _sgd(part: Tensor, grad: Tensor, state: dict[str, Tensor], decay: float, lr: float, config: OptimConfig) -> None:
+    sgd(
+        [part], [grad], [state.get("momentum_buffer")], fused=True, weight_decay=decay, momentum=config.momentum, lr=lr,
+        dampening=0.0, nesterov=config.nesterov, maximize=False,
+    )  # fmt: skip
+
+
+def _adam(part: Tensor, grad: Tensor, state: dict[str, Tensor], decay: float, lr: float, config: OptimConfig) -> None:
+    """Adam; with the decay decoupled (AdamW) unless the configuration asks for `adam`."""
+    adam(
+        [part], [grad], [state["exp_avg"]], [state["exp_avg_sq"]], [], [state["step"]], fused=True,
+        decoupled_weight_decay=config.optimizer != "adam", amsgrad=False, beta1=config.betas[0], beta2=config.betas[1], lr=lr,
+        weight_decay=decay, eps=config.eps, maximize=False,
+    )  # fmt: skip
 
 
 def clip_(gradient: Tensor, most: float) -> None:

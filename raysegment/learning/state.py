@@ -37,8 +37,8 @@ def views(learner: Learner) -> TrainState:
     """The same without copies: views of the learner's own tensors, which the next step changes."""
     assert learner.settled, "a step is under way: settle first"
     flat, optimizer = learner.flat, learner.optimizer
-    kinds = sorted({name for part in optimizer.parts for name in optimizer.torch.state[part]} - {"step"})
-    vectors = {kind: [optimizer.torch.state[part][kind] for part in optimizer.parts] for kind in kinds}
+    kinds = sorted({name for state in optimizer.states for name in state} - {"step"})
+    vectors = {kind: [state[kind] for state in optimizer.states] for kind in kinds}
     if learner.lagged is not None:
         vectors["lagged"] = [learner.lagged]
     weights = dict(learner.network.state_dict())
@@ -95,8 +95,7 @@ def live(learner: Learner) -> dict[str, Tensor]:
     For a member that joins or fell behind: after `adopt` it copies another member's into its own, one by one.
     """
     found = {"values": learner.flat.values}
-    for number, part in enumerate(learner.optimizer.parts):
-        state = learner.optimizer.torch.state[part]
+    for number, state in enumerate(learner.optimizer.states):
         found |= {f"{name}.{number}": state[name] for name in sorted(state) if name != "step"}
     counts = {f"tracked.{i}": norm.num_batches_tracked for i, norm in enumerate(learner.statistics.norms)}
     optional = {"ema": learner.optimizer.ema, "lagged": learner.lagged, "previous": learner.previous}
