@@ -134,7 +134,7 @@ def _end(process: subprocess.Popen[str]) -> None:
 def _environment(variant: str) -> dict[str, str]:
     """This process's variables without anything that would tell Ray another figure than the variant's."""
     kept = {key: value for key, value in os.environ.items() if not key.startswith("RAY_") or key in _KEPT}
-    own = {key: value for key, value in worker_environment().items() if not key.startswith("RAY_TRAIN_")}
+    own = {key: value for key, value in worker_environment().items() if not key.startswith(("RAY_TRAIN_", "RAY_worker_"))}
     return kept | own | (_TUNED if variant == "tuned" else {})
 
 

@@ -6,7 +6,7 @@ import os
 from contextlib import suppress
 from pathlib import Path
 
-_LAST = 19  # Ray starts its workers at 15
+_LAST = 19  # Ray starts workers at 15, or at what RAY_worker_niceness says when a node is started
 
 
 def step_back() -> None:
