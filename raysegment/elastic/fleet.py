@@ -54,7 +54,8 @@ class Fleet:
     def __init__(self, config: TrainConfig, run: Run, room: Room, say: Callable[[str], None]):
         self.config, self.run_files, self.room, self.say = config, run, room, say
         self.ladder = Ladder(config.elastic.patience_s)
-        self._here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
+        # Not "soft", which Ray takes for leave to place it anywhere now and then: roster and command share their fate
+        self._here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         self._spare: Any = None  # a driver without a cell
         self._warm: Any = None
         self.roster = RosterActor.options(scheduling_strategy=self._here).remote(config)  # pyright: ignore[reportAttributeAccessIssue]
