@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import fields, is_dataclass
 from pathlib import Path
@@ -14,6 +15,18 @@ import yaml
 from raysegment.climate.checks import BadInput
 
 T = TypeVar("T")
+_BOOL = "tag:yaml.org,2002:bool"
+
+
+class _Loader(yaml.SafeLoader):
+    """With YAML 1.2's booleans, true and false: `off` and `no` are words, as in checkpoint.memory=off."""
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in known if tag != _BOOL]
+    for first, known in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver(_BOOL, re.compile("true|True|TRUE|false|False|FALSE"), list("tTfF"))
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
@@ -22,7 +35,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     if not path.is_file():
         raise BadInput(path, "a YAML configuration file", "no such file", "Give the path of a configuration.")
     try:
-        content = yaml.safe_load(path.read_text())
+        content = yaml.load(path.read_text(), _Loader)
     except yaml.YAMLError as error:
         raise BadInput(path, "valid YAML", str(error).replace("\n", " "), "Correct the file.") from error
     if not isinstance(content, dict):
@@ -64,7 +77,7 @@ def _set(mapping: dict[str, Any], path: list[str], value: Any) -> None:
 
 def scalar(text: str) -> Any:
     """YAML's reading of a value, and `1e-3` as the number it is (YAML 1.1 wants `1.0e-3`)."""
-    value = yaml.safe_load(text)
+    value = yaml.load(text, _Loader)
     if isinstance(value, str):
         try:
             return float(value)

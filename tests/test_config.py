@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from raysegment.climate.checks import BadInput
-from raysegment.config import apply_overrides, load, read_yaml
+from raysegment.config import apply_overrides, load, read_yaml, scalar
 
 
 @dataclass(frozen=True)
@@ -61,3 +61,9 @@ def test_missing_file_and_bare_word() -> None:
         read_yaml("/nowhere/c.yaml")
     with pytest.raises(BadInput, match="key=value"):
         apply_overrides({}, ["steps"])
+
+
+@pytest.mark.parametrize(("text", "value"), [("off", "off"), ("no", "no"), ("true", True), ("False", False), ("1e-3", 1e-3)])
+def test_only_true_and_false_are_booleans(text, value):
+    assert scalar(text) == value
+    assert apply_overrides({}, [f"checkpoint.memory={text}"])["checkpoint"]["memory"] == value

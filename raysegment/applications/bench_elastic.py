@@ -53,10 +53,10 @@ from raysegment.networks import NetworkConfig, TiramisuConfig
 VARIANTS: dict[str, tuple[str, ...]] = {
     "everything": (),
     "exchange fast": ("learn.exchange=fast",),
-    "nothing kept in memory": ("checkpoint.memory=off",),
+    "nothing kept in memory": ('checkpoint.memory="off"',),
     "no files": ("checkpoint.every_s=1e9",),
-    "nothing kept, no files": ("checkpoint.memory=off", "checkpoint.every_s=1e9"),
-    "roster and heart alone": ("learn.exchange=fast", "checkpoint.memory=off", "checkpoint.every_s=1e9"),
+    "nothing kept, no files": ('checkpoint.memory="off"', "checkpoint.every_s=1e9"),
+    "roster and heart alone": ("learn.exchange=fast", 'checkpoint.memory="off"', "checkpoint.every_s=1e9"),
 }
 _TILES, _PATIENCE_S = 8, 120.0
 
