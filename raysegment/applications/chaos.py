@@ -6,8 +6,8 @@
     vanilla     the same kind of job on plain Ray Train (`vanilla`), for comparison
 
 A counted strike waits until the one before has been felt and all members are there again; with `minutes`, strikes come
-when their time has come, as long as two members are there. Nothing is ever helped: a run that makes no step for
-`patience_s` is a failure.
+when their time has come, those that break a generation as long as two members are
+there. Nothing is ever helped: a run that makes no step for `patience_s` is a failure.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from raysegment.applications.fake_cluster import FakeCluster, fake_cluster
-from raysegment.applications.strikes import KINDS, Job, Striker, mixture, sequence
+from raysegment.applications.strikes import GENTLE, KINDS, Job, Striker, mixture, sequence
 from raysegment.applications.strikes_account import Effect, account, effect
 from raysegment.applications.vanilla import VanillaConfig, vanilla
 from raysegment.archive.files import committed
@@ -149,6 +149,8 @@ class Campaign:
             self.effects += self._told(striker)
         summary = _summary(job)
         self.summaries.append(summary)
+        if kinds and not striker.strikes:
+            raise RuntimeError(f"{job.run.folder}: the run ended before it could be struck ({kinds.coming}); give it more steps")
         same = summary["state_sha256"] == self.reference["state_sha256"]
         self.say(f"round {number}: {len(striker.strikes)} strikes, {summary['generations']} generations, same bits: {same}")
 
@@ -158,7 +160,7 @@ class Campaign:
         ready = Ready(full, self.reference["steps"], not self.settings.minutes)
         while watch.goes_on():
             striker.mend()
-            if kinds and kinds.due() and ready.for_strike(striker):
+            if kinds and kinds.due() and ready.for_strike(striker, kinds.coming):
                 strike = striker.strike(kinds.take())
                 self.say(
                     f"  step {strike.step}: {strike.kind} {' '.join(strike.members)}{'' if strike.fired else ' (not fired)'}"
@@ -201,9 +203,14 @@ class Kinds:
         self._endless: Iterator[str] = mixture(settings.seed, cells)
         self._until = started + 60 * settings.minutes
         self._next = started
+        self.coming = ""  # the kind that `take` will give
+        self._draw_next()
+
+    def _draw_next(self) -> None:
+        self.coming = next(self._endless) if self.settings.minutes else self._left.popleft() if self._left else ""
 
     def __bool__(self) -> bool:
-        return time.monotonic() < self._until if self.settings.minutes else bool(self._left)
+        return time.monotonic() < self._until if self.settings.minutes else bool(self.coming)
 
     def due(self) -> bool:
         """Whether its time has come (that of a counted one always has)."""
@@ -211,23 +218,28 @@ class Kinds:
 
     def take(self) -> str:
         self._next = time.monotonic() + self.settings.every_s * (0.5 + self._draw.random())
-        return next(self._endless) if self.settings.minutes else self._left.popleft()
+        kind = self.coming
+        self._draw_next()
+        return kind
 
 
 @dataclass
 class Ready:
-    """Whether a run can be struck: `full` members when strikes are counted, else two (or the only one)."""
+    """Whether a run can be struck: by counted strikes with `full` members, else with two (or the only one); by those of a
+    mixture that break no generation, whenever there is a member."""
 
     full: int
     steps: int
     counted: bool
     _whole_since: int | None = None
 
-    def for_strike(self, striker: Striker) -> bool:
+    def for_strike(self, striker: Striker, kind: str) -> bool:
         scene = striker.scene
+        if kind in GENTLE and not self.counted:
+            return striker.possible(kind)
         there, needed = len(scene.living), self.full if self.counted else min(2, self.full)
         late = scene.step > _LAST_SHARE * self.steps or not striker.felt
-        if not scene.going or there < needed or (self.counted and late):
+        if not scene.going or there < needed or (self.counted and late) or not striker.possible(kind):
             self._whole_since = None
             return False
         since = self._whole_since = scene.step if self._whole_since is None else self._whole_since

@@ -37,7 +37,7 @@ KINDS = ("kill", "node", "stop", "absent", "pause", "all", "roster", "driver", "
 DEADLY = ("kill", "node", "stop", "absent", "driver", "drain")  # one cell loses members, and gets them back
 GENTLE = ("pause", "roster", "keeper")  # break no generation, as a rule
 # How often each kind comes in an endless mixture: those that cost the run little, oftener
-_MIXTURE = {"kill": 8, "node": 2, "stop": 2, "absent": 2, "pause": 20, "all": 1, "roster": 2, "driver": 2, "keeper": 20, "job": 1,
+_MIXTURE = {"kill": 8, "node": 2, "stop": 2, "absent": 2, "pause": 30, "all": 1, "roster": 2, "driver": 2, "keeper": 30, "job": 1,
             "drain": 1, "term": 1}  # fmt: skip
 _GENTLE_STEPS = 10
 _STOPPED = 143  # the exit code of a command that has ended on SIGTERM
@@ -203,6 +203,17 @@ class Striker:
             return scene.roster != self._roster
         return scene.generation > last.generation if last.kind not in GENTLE else scene.step >= last.step + _GENTLE_STEPS
 
+    def possible(self, kind: str) -> bool:
+        """Whether there is something to strike."""
+        scene = self.scene
+        if kind == "roster":
+            return _runs(scene.roster)
+        if kind == "driver":
+            return all(_runs(scene.drivers.get(member.cell, 0)) for member in scene.living)
+        if kind == "keeper":
+            return bool(scene.living) and all(self._kept(member.node) for member in scene.living)
+        return bool(scene.living)
+
     def mend(self) -> None:
         """Add again the nodes that Ray knows to be dead."""
         for index, node in self._draining:
@@ -262,21 +273,26 @@ class Striker:
             return False
         self.cluster.kill_node(node)
         self._lost.append((len(self.strikes), node))
-        return _shows(lambda: all(_state(pid) in ("", "Z") for pid in pids))
+        return _shows(lambda: not any(map(_runs, pids)))
+
+    def _kept(self, node: str) -> list[Path]:
+        memory = memory_folder(self.job.config.checkpoint.memory)
+        return sorted((memory / self.job.run.key / node).glob("*")) if memory is not None else []
 
     def _keeper(self, node: str) -> bool:
-        memory = memory_folder(self.job.config.checkpoint.memory)
-        files = sorted((memory / self.job.run.key / node).glob("*")) if memory is not None else []
+        files = self._kept(node)
         for file in files:
             file.unlink(missing_ok=True)
         return bool(files)
 
 
 def _killed(pids: list[int]) -> bool:
-    """End processes at once, and see that they have."""
+    """End processes at once, and see that they have; False where none of them was there."""
+    if not any(map(_runs, pids)):
+        return False
     for pid in pids:
         chaos.end(pid)
-    return _shows(lambda: all(_state(pid) in ("", "Z") for pid in pids))
+    return _shows(lambda: not any(map(_runs, pids)))
 
 
 def _shows(condition: Any) -> bool:
@@ -285,6 +301,10 @@ def _shows(condition: Any) -> bool:
     except TimeoutError:
         return False
     return True
+
+
+def _runs(pid: int) -> bool:
+    return _state(pid) not in ("", "Z")
 
 
 def _state(pid: int) -> str:
