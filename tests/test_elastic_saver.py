@@ -5,7 +5,9 @@ from __future__ import annotations
 import errno
 import threading
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,6 +19,7 @@ from raysegment.elastic import saver as module
 from raysegment.elastic.capture import Buffers, Capture, joined, parted
 from raysegment.elastic.checkpoints import Draft, list_checkpoints, publish, read_newest
 from raysegment.elastic.keeper import Keeper, newest, steps
+from raysegment.elastic.loop import Loop
 from raysegment.elastic.saver import FILE, MEMORY, Refused, Saver, Superseded
 from raysegment.learning.normalise import Normaliser
 from raysegment.learning.optim import OptimConfig
@@ -306,3 +309,18 @@ def test_live_tensors_are_those_that_capture_copies(optimizer, lag, ema):
     assert {t.untyped_storage().data_ptr() for t in seen.weights.values()} <= owned | (
         {learner.optimizer.ema.untyped_storage().data_ptr()} if learner.optimizer.ema is not None else set()
     ), "views, no copies"
+
+
+@pytest.mark.parametrize(("committed", "kept", "ends"), [(5, True, True), (5, False, False), (9, True, False)])
+def test_who_is_asked_to_end_needs_no_file_if_memory_has_the_state(committed, kept, ends):
+    def full(_learner):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    told: list[str] = []
+    loop: Any = SimpleNamespace(
+        safe=SimpleNamespace(write_now=full, keep_now=lambda _learner: kept), learner=SimpleNamespace(committed=committed),
+        config=SimpleNamespace(steps=9), run_files=SimpleNamespace(event=lambda kind, **facts: told.append(kind)),
+    )  # fmt: skip
+    with nullcontext() if ends else pytest.raises(OSError, match="No space"):
+        Loop._write_last(loop)
+    assert told == ["save_failed"] * ends

@@ -218,11 +218,20 @@ class Loop:
     def _conclude(self) -> None:
         """The last state is on record before anybody goes; Interrupted when the first member dies over it."""
         if self._place().rank == 0:
-            self.safe.write_now(self.learner)
+            self._write_last()
             self.member.bye("done")
         if not self.member.wait_until_over():
             raise Interrupted("the first member is gone before the end")
         self.safe.close(finished=self.learner.committed == self.config.steps)
+
+    def _write_last(self) -> None:
+        """A file; who is only asked to end is content with the node's memory where that fails (a full disk, say)."""
+        try:
+            self.safe.write_now(self.learner)
+        except OSError as error:
+            if self.learner.committed == self.config.steps or not self.safe.keep_now(self.learner):
+                raise
+            self.run_files.event("save_failed", what="file", error=f"{error}; the state is in this node's memory")
 
     def at_checkpoint(self, step: int) -> None:
         """Called in the background when a checkpoint is being written."""

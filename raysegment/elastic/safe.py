@@ -167,6 +167,16 @@ class Safe:
                 raise OSError(f"{self.place}: the last checkpoint was not published: {why}")
             self.member.wait_for_roster()
 
+    def keep_now(self, learner: Learner) -> bool:
+        """The state in this node's memory before this returns; False where it is not kept."""
+        taken = self.buffers.take(views(learner)) if self.keeps else None
+        if taken is None or self.memory is None:
+            return False
+        self.saver.keep(taken, {"records": self._lines()})
+        taken.release()
+        kept = newest(self.memory, self.run.key) if self.saver.drain(self.member.ladder.meeting_s) else None
+        return kept is not None and kept.step == learner.committed
+
     def _about(self, state: TrainState) -> Facts:
         step, held = int(state.facts["step"]), self.manifest
         self.on_write(step)
