@@ -11,6 +11,7 @@ import time
 import traceback
 import uuid
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -81,7 +82,7 @@ def _live(config: TrainConfig, settings: Mapping[str, Any], member: Member, devi
     loop = Loop(config, run, member, learner, stream, order, safe, companion, injector, held_out, started=started)
     loop.cell_fault = _elsewhere(settings)
     safe.on_write = loop.at_checkpoint
-    loop.on_place = step_back
+    loop.on_place = partial(step_back, os.getpriority(os.PRIO_PROCESS, 0))
     run.event("worker", member=member.uid, process_s=_age_s())
     try:
         loop.run()

@@ -54,7 +54,7 @@ def worker_environment() -> dict[str, str]:
         "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
         # Ray Train computes in a thread, for which glibc has an arena that maps and unmaps every large tensor anew
         "MALLOC_ARENA_MAX": "1",
-        # Ray starts workers at 15. Ours step back to 19 themselves once they train: whoever starts is first, and soon there
+        # Ray starts workers at 15. Ours step back by themselves once they train: whoever starts is first, and soon there
         "RAY_worker_niceness": os.environ.get("RAY_worker_niceness", "0"),  # noqa: SIM112 - Ray spells it so
     }
     return {**{name: os.environ.get(name, value) for name, value in _driver_environment().items()}, **own}
