@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
+
+# Before Ray is imported: a thread that outlives its test must not start a Ray of its own when it finds none
+os.environ["RAY_ENABLE_AUTO_CONNECT"] = "0"
 
 import pytest
 import ray
