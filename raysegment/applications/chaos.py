@@ -160,6 +160,8 @@ class Campaign:
         ready = Ready(full, self.reference["steps"], not self.settings.minutes)
         while watch.goes_on():
             striker.mend()
+            if self.settings.minutes and striker.scene.living and not striker.possible(kinds.coming):
+                kinds.draw_next()
             if kinds and kinds.due() and ready.for_strike(striker, kinds.coming):
                 strike = striker.strike(kinds.take())
                 self.say(
@@ -204,9 +206,10 @@ class Kinds:
         self._until = started + 60 * settings.minutes
         self._next = started
         self.coming = ""  # the kind that `take` will give
-        self._draw_next()
+        self.draw_next()
 
-    def _draw_next(self) -> None:
+    def draw_next(self) -> None:
+        """Another kind instead of the one that was coming."""
         self.coming = next(self._endless) if self.settings.minutes else self._left.popleft() if self._left else ""
 
     def __bool__(self) -> bool:
@@ -219,7 +222,7 @@ class Kinds:
     def take(self) -> str:
         self._next = time.monotonic() + self.settings.every_s * (0.5 + self._draw.random())
         kind = self.coming
-        self._draw_next()
+        self.draw_next()
         return kind
 
 

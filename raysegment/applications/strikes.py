@@ -182,7 +182,8 @@ class Striker:
         """Now. The victim is drawn among the living members."""
         scene = self.scene.look()
         self._roster = scene.roster
-        hit = scene.living if kind == "all" else [self.draw.choice(scene.living)] if scene.living else []
+        possible = [member for member in scene.living if kind != "keeper" or self._kept(member.node)]
+        hit = possible if kind == "all" else [self.draw.choice(possible)] if possible else []
         before = Strike(kind, self.number, time.time(), scene.step, scene.generation)
         if kind in ("node", "drain", "driver"):
             where = (lambda member: member.cell) if kind == "driver" else (lambda member: member.node)
@@ -211,7 +212,7 @@ class Striker:
         if kind == "driver":
             return all(_runs(scene.drivers.get(member.cell, 0)) for member in scene.living)
         if kind == "keeper":
-            return bool(scene.living) and all(self._kept(member.node) for member in scene.living)
+            return any(self._kept(member.node) for member in scene.living)
         return bool(scene.living)
 
     def mend(self) -> None:
