@@ -99,6 +99,19 @@ def test_a_stopped_member_that_does_not_return_is_replaced(fleet):
     assert [event["member"] for event in fleet.events("replace")] == ["b"]
 
 
+def test_a_stopped_member_is_replaced_when_the_roster_that_let_it_go_is_dead(fleet):
+    for uid in "ab":
+        fleet.add(uid)
+    fleet.wait(2)
+    kill(fleet.members["b"], signal.SIGSTOP)
+    wait_for(lambda: fleet.events("lost"), "the stopped member to be let go")
+    fleet.roster.kill()
+    fleet.roster.start(resume=True)  # it knows nothing of that member
+    fleet.members["b"].join(60)
+    assert fleet.members["b"].exitcode == -signal.SIGKILL
+    assert fleet.events("replace") == []
+
+
 def test_a_busy_interpreter_is_no_sign_of_death(fleet):
     """Both hold the interpreter's lock three times as long as a member may be silent; the hearts beat on."""
     for uid in "ab":

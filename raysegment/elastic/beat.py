@@ -5,7 +5,7 @@ of its parent instead (/proc/PID/stat) and is silent when that is stopped, trace
 It is also the roster's hand on the node: told to, it replaces a member that hangs (SIGKILL; Ray Train starts another).
 
 Run as a file, with the standard library alone, so that it is there in milliseconds and needs little memory. Standard input:
-one JSON object per line with `address`, `token`, `uid`, `beat_s` (a new line when the roster has moved).
+one JSON object per line with `address`, `token`, `uid`, `beat_s`, `stopped_s` (a new line when the roster has moved).
 """
 
 from __future__ import annotations
@@ -59,6 +59,7 @@ class Heart:
         self.parent = parent
         self.line: socket | None = None
         self.orders: dict[str, Any] = {}
+        self.lived = time.monotonic()  # when the parent was last seen running
 
     def run(self) -> None:
         """Until the parent is gone: beat, listen to the roster and to the parent."""
@@ -70,6 +71,15 @@ class Heart:
                 else:
                     self._hear_roster()
             self._beat()
+            self._give_up()
+
+    def _give_up(self) -> None:
+        """End a parent that has been stopped for too long, for another to take its place, also when no roster says so: the
+        one that let it go may be dead itself, and the next knows nothing of it."""
+        now = time.monotonic()
+        self.lived = now if lives(self.parent) else self.lived
+        if now - self.lived > self.orders.get("stopped_s", float("inf")):
+            os.kill(self.parent, signal.SIGKILL)
 
     def _hear_parent(self) -> None:
         """The newest of what it says: read from the system, since a line in Python's buffer would not wake `select`."""

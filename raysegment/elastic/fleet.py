@@ -29,6 +29,7 @@ from raysegment.elastic.runs import Run
 from raysegment.elastic.settings import TrainConfig
 
 _LOOK_S = 0.1
+_LOOK_AT_NODES_S = 0.5
 _DRIVEN_FROM_HERE = 4  # cells at most, besides those that have this node's room
 _PATIENCE_WITH_FAILURES = 2.0  # seconds before a cell that failed at once is tried again, doubled each time, up to a minute
 
@@ -58,6 +59,7 @@ class Fleet:
         self._here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         self._spare: Any = None  # a driver without a cell
         self._warm: Any = None
+        self._looked_at_nodes = 0.0
         self.roster = RosterActor.options(scheduling_strategy=self._here).remote(config)  # pyright: ignore[reportAttributeAccessIssue]
         self.cells = [Cell(number) for number in range(config.elastic.cells[1])]
         self._heard = (0, 0)  # the roster's process, how many of its news
@@ -105,6 +107,7 @@ class Fleet:
 
     def _tend(self) -> None:
         """One look at every cell."""
+        self._end_drivers_of_the_dead()
         for cell in self.cells:
             if cell.running is not None:
                 self._look_at(cell)
@@ -125,6 +128,17 @@ class Fleet:
         cell.driver, cell.from_here = spare or _driver(NodeAffinitySchedulingStrategy(cell.node, soft=False)), spare is not None
         cell.running = cell.driver.drive.remote(self.config, cell.number, room, self.roster)
         self.run_files.event("cell", cell=cell.number, node=cell.node, what="started")
+
+    def _end_drivers_of_the_dead(self) -> None:
+        """A driver on this node survives the node of its cell, and would wait for that to come back under the same name."""
+        suspects = [cell for cell in self.cells if cell.from_here and cell.running is not None]
+        if not suspects or time.monotonic() - self._looked_at_nodes < _LOOK_AT_NODES_S:
+            return
+        self._looked_at_nodes = time.monotonic()
+        alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
+        for cell in suspects:
+            if cell.node not in alive:
+                ray.kill(cell.driver)
 
     def _take_spare(self) -> Any:
         """The driver that is ready here; None when there is none, or enough cells are driven from here."""

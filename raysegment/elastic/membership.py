@@ -127,7 +127,11 @@ class Member:
             self._change.notify_all()
 
     def _tell_heart(self, address: Address) -> None:
-        orders = {"address": [address.host, address.port], "token": address.token, "uid": self.uid, "beat_s": self.ladder.beat_s}
+        ladder = self.ladder
+        orders = {
+            "address": [address.host, address.port], "token": address.token, "uid": self.uid, "beat_s": ladder.beat_s,
+            "stopped_s": 3 * ladder.silence_s + ladder.return_s,  # after the roster would have said so
+        }  # fmt: skip
         assert self._heart.stdin is not None
         with suppress(OSError):
             self._heart.stdin.write(pack(orders))
