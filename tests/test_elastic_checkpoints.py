@@ -367,9 +367,9 @@ def die_everywhere(tmp_path: Path, count: float) -> list[int]:
     return left
 
 
-def test_a_writer_that_dies_at_any_operation_leaves_a_whole_checkpoint(tmp_path):
-    left = die_everywhere(tmp_path, 300)
-    assert len(left) >= 300
+def test_a_writer_that_dies_at_any_operation_or_of_1000_bytes_leaves_a_whole_checkpoint(tmp_path):
+    left = die_everywhere(tmp_path, 1000)
+    assert len(left) >= 1000
     assert left == sorted(left), "once it is there, it stays"
     assert {*left} == {1, 2}
 

@@ -6,8 +6,8 @@
     vanilla     the same kind of job on plain Ray Train (`vanilla`), for comparison
 
 A counted strike waits until the one before has been felt and all members are there again; with `minutes`, strikes come
-when their time has come, those that break a generation as long as two members are
-there. Nothing is ever helped: a run that makes no step for `patience_s` is a failure.
+when their time has come, those that break a generation as long as two members are there. Nothing is ever helped: a run
+that makes no step for `patience_s` is a failure.
 """
 
 from __future__ import annotations
@@ -111,6 +111,7 @@ class Campaign:
     effects: list[Effect] = field(default_factory=list)
     summaries: list[dict[str, Any]] = field(default_factory=list)
     reference: dict[str, Any] = field(default_factory=dict)
+    started: float = 0.0
 
     def run(self) -> None:
         """The reference, then rounds until nothing is left to do."""
@@ -118,12 +119,9 @@ class Campaign:
         self.reference = self._finish(replace(self.config, elastic=alone, workers=1, chaos="", out=f"{self.folder}/reference"))
         self.say(f"reference: {self.reference['steps']} steps, {self.reference['seconds']:.1f} s")
         self.started = time.monotonic()
-        kinds = self._kinds()
+        kinds = Kinds(self.settings, self.config.elastic.cells[1], self.started)
         while kinds or not self.summaries:
             self._round(len(self.summaries), kinds)
-
-    def _kinds(self) -> Kinds:
-        return Kinds(self.settings, self.config.elastic.cells[1], self.started)
 
     def _finish(self, config: TrainConfig) -> dict[str, Any]:
         """Train without strikes."""
@@ -184,7 +182,7 @@ class Campaign:
             **account(self.effects),
             "state_equal": all(s["state_sha256"] == self.reference["state_sha256"] for s in self.summaries),
             "state_sha256": self.reference["state_sha256"],
-            "losses_equal": all(_losses(s) == _losses(self.reference) for s in (self.summaries)),
+            "losses_equal": all(_losses(s) == _losses(self.reference) for s in self.summaries),
             **total,
             "members_lost": sum(s["faults"] for s in self.summaries),
             "generations": sum(s["generations"] for s in self.summaries),

@@ -21,6 +21,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -217,7 +218,8 @@ class Striker:
 
     def mend(self) -> None:
         """Add again the nodes that Ray knows to be dead."""
-        for index, node in self._draining:
+        self._draining = [one for one in self._draining if one[1] in self.cluster.nodes]  # no other strike has ended it
+        for index, node in list(self._draining):
             if not any(member.node == node.id for member in self.scene.living):
                 self._draining.remove((index, node))
                 self.cluster.kill_node(node)
@@ -262,11 +264,14 @@ class Striker:
         return True
 
     def _stopped(self, kind: str, pid: int) -> bool:
-        patience = self.job.config.elastic.patience_s
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGSTOP)
+        if not _shows(lambda: _state(pid) in ("T", "", "Z")) or not _runs(pid):
+            return False
         if kind != "stop":
+            patience = self.job.config.elastic.patience_s
             chaos.continue_later(pid, patience * (_ABSENT if kind == "absent" else _PAUSE))
-        os.kill(pid, signal.SIGSTOP)
-        return _shows(lambda: _state(pid) in ("T", "", "Z"))
+        return True
 
     def _node(self, name: str, pids: list[int]) -> bool:
         node = next((node for node in self.cluster.nodes if node.id == name), None)
