@@ -16,6 +16,7 @@ from raysegment.elastic.checkpoints import list_checkpoints, read_checkpoint
 from raysegment.elastic.keeper import forget, memory_folder
 from raysegment.elastic.runs import Run
 from raysegment.elastic.safe import state_sha256
+from raysegment.elastic.settings import ElasticConfig
 from raysegment.elastic.train import train
 from raysegment.feed.stream import FeedConfig
 from tests.small_training import config, spoil, write_shards
@@ -88,6 +89,22 @@ def test_a_killed_worker_changes_nothing(undisturbed, shards, tmp_path):
     assert summary["state_sha256"] == undisturbed[1]["state_sha256"]
     ours, theirs = lines(tmp_path / "run" / "steps.jsonl"), lines(undisturbed[0] / "steps.jsonl")
     assert [(step["step"], step["loss"]) for step in ours] == [(step["step"], step["loss"]) for step in theirs]
+
+
+def test_cells_without_room_wait_and_do_not_hold_up_the_end(undisturbed, shards, tmp_path):
+    """Up to three cells, two of which have room and must be there, one of them killed: the other waits for it and says so."""
+    elastic = ElasticConfig(cells=(2, 3), workers_per_cell=1)
+    summary = train(config(shards, tmp_path / "run", cpus_per_worker=1, elastic=elastic, chaos="kill@step=7,member=1"))
+    events = lines(tmp_path / "run" / "events.jsonl")
+    assert [event["fault"] for event in events if event["event"] == "fault"] == ["kill@step=7,member=1"]
+    generations = [sorted(event["cell"]) for event in events if event["event"] == "generation"]
+    assert len(generations) >= 2
+    assert all(len(set(cells)) == 2 for cells in generations)
+    driven = {event["cell"] for event in events if event["event"] == "cell" and event["what"] == "driven"}
+    assert driven == {0, 1, 2}, "the third waits for room"
+    assert "member" in next(event["why"] for event in events if event["event"] == "waits")
+    assert summary["state_sha256"] == undisturbed[1]["state_sha256"]
+    assert summary["tiles_repeated"] == summary["tiles_missing"] == 0
 
 
 def test_an_interrupted_run_continues(undisturbed, shards, tmp_path):

@@ -18,12 +18,14 @@ from raysegment.elastic.worker import work
 
 @dataclass(frozen=True)
 class Room:
-    """What a cell needs: `workers` of `per_worker` resources, on the node `node` ("" wherever Ray finds room)."""
+    """What a cell needs: `workers` of `per_worker` resources, on the node `node` ("" wherever Ray finds room), on one node
+    if `together`."""
 
     workers: int
     per_worker: dict[str, float]
     gpu: bool
     node: str = ""
+    together: bool = False
 
 
 def drive(config: TrainConfig, cell: int, room: Room, roster: Any, driver: Any = None) -> dict[str, Any]:
@@ -34,7 +36,7 @@ def drive(config: TrainConfig, cell: int, room: Room, roster: Any, driver: Any =
         torch_config=TorchConfig(backend="nccl" if room.gpu else "gloo"),
         scaling_config=ScalingConfig(
             num_workers=room.workers, use_gpu=room.gpu, resources_per_worker=room.per_worker,
-            placement_strategy="STRICT_PACK" if room.node else "PACK",
+            placement_strategy="STRICT_PACK" if room.together else "PACK",
             label_selector={"ray.io/node-id": room.node} if room.node else None,
         ),
         run_config=RunConfig(
@@ -49,10 +51,7 @@ def drive(config: TrainConfig, cell: int, room: Room, roster: Any, driver: Any =
 
 @ray.remote(num_cpus=0, max_restarts=0)
 class CellDriver:
-    """A cell's driver in a process of its own, as a rule on the node of the cell's workers."""
-
-    def warm(self) -> None:
-        """Returns when everything is imported."""
+    """A cell's driver in a process of its own."""
 
     def drive(self, config: TrainConfig, cell: int, room: Room, roster: Any) -> dict[str, Any]:
         """See `drive`."""

@@ -1,11 +1,11 @@
 """The fleet: starts the roster and the cells, finds them room, starts again those whose driver died, ends when training does.
 
     one cell        its trainer is driven by this process
-    several cells   each is driven by an actor on the node that has room for it, and tried again there or elsewhere for ever;
-                    once training has begun one more is kept ready here, for the next cell that finds room again, so that it
-                    is back sooner (for a few cells only: the others' drivers start on their own nodes)
+    several cells   each is driven by an actor, whose death takes down only that cell; it is started again for ever
 
-Room is asked for with a placement group on one node: Ray grants it where and when there is some (and an autoscaler sees the
+The first few cells' drivers live on the command's node: they outlive the nodes of their cells, so that a trainer that waits
+for room, natively, is ready when a node comes back. To spare that node the others' drivers live where their cells do. Their
+room is asked for with a placement group on one node: Ray grants it where and when there is some (and an autoscaler sees the
 wish); it is given back at once, and the cell's trainer, bound to that node, takes its place.
 """
 
@@ -29,14 +29,13 @@ from raysegment.elastic.runs import Run
 from raysegment.elastic.settings import TrainConfig
 
 _LOOK_S = 0.1
-_LOOK_AT_NODES_S = 0.5
-_DRIVEN_FROM_HERE = 4  # cells at most, besides those that have this node's room
+_DRIVEN_FROM_HERE = 4  # cells at most: each driver and its controller take half a gigabyte here
 _PATIENCE_WITH_FAILURES = 2.0  # seconds before a cell that failed at once is tried again, doubled each time, up to a minute
 
 
 @dataclass
 class Cell:
-    """One of the fleet's cells: without room, or driven by an actor whose work ends with `running`."""
+    """One of the fleet's cells: without room, or driven by an actor (`node` "": bound to none) whose work ends with `running`."""
 
     number: int
     wish: PlacementGroup | None = None
@@ -46,7 +45,6 @@ class Cell:
     started: float = 0.0
     not_before: float = 0.0
     failures: int = 0
-    from_here: bool = False
 
 
 class Fleet:
@@ -57,12 +55,10 @@ class Fleet:
         self.ladder = Ladder(config.elastic.patience_s)
         # Not "soft", which Ray takes for leave to place it anywhere now and then: roster and command share their fate
         self._here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-        self._spare: Any = None  # a driver without a cell
-        self._warm: Any = None
-        self._looked_at_nodes = 0.0
         self.roster = RosterActor.options(scheduling_strategy=self._here).remote(config)  # pyright: ignore[reportAttributeAccessIssue]
         self.cells = [Cell(number) for number in range(config.elastic.cells[1])]
         self._heard = (0, 0)  # the roster's process, how many of its news
+        self._inside: set[int] = set()  # cells with members in the newest generation
         self._stop = ""
         self._over_at: float | None = None
 
@@ -107,14 +103,20 @@ class Fleet:
 
     def _tend(self) -> None:
         """One look at every cell."""
-        self._end_drivers_of_the_dead()
         for cell in self.cells:
             if cell.running is not None:
                 self._look_at(cell)
             elif cell.wish is not None:
                 self._start_if_room(cell)
             elif time.monotonic() >= cell.not_before:
-                cell.wish = placement_group([self.room.per_worker] * self.room.workers, strategy="STRICT_PACK")
+                self._find_room(cell)
+
+    def _find_room(self, cell: Cell) -> None:
+        """Its trainer waits for room, or a wish does."""
+        if cell.number < _DRIVEN_FROM_HERE:
+            self._start(cell, "", self._here)
+        else:
+            cell.wish = placement_group([self.room.per_worker] * self.room.workers, strategy="STRICT_PACK")
 
     def _start_if_room(self, cell: Cell) -> None:
         assert cell.wish is not None
@@ -122,37 +124,15 @@ class Fleet:
             return
         nodes = set(placement_group_table(cell.wish)["bundles_to_node_id"].values())
         remove_placement_group(cell.wish)
-        cell.wish, cell.node, cell.started = None, nodes.pop(), time.monotonic()
-        room = Room(self.room.workers, self.room.per_worker, self.room.gpu, cell.node)
-        spare = self._take_spare()
-        cell.driver, cell.from_here = spare or _driver(NodeAffinitySchedulingStrategy(cell.node, soft=False)), spare is not None
+        cell.wish, node = None, nodes.pop()
+        self._start(cell, node, NodeAffinitySchedulingStrategy(node, soft=False))
+
+    def _start(self, cell: Cell, node: str, where: NodeAffinitySchedulingStrategy) -> None:
+        cell.node, cell.started = node, time.monotonic()
+        room = Room(self.room.workers, self.room.per_worker, self.room.gpu, node, together=True)
+        cell.driver = cell.driver or CellDriver.options(scheduling_strategy=where).remote()  # pyright: ignore[reportAttributeAccessIssue]
         cell.running = cell.driver.drive.remote(self.config, cell.number, room, self.roster)
-        self.run_files.event("cell", cell=cell.number, node=cell.node, what="started")
-
-    def _end_drivers_of_the_dead(self) -> None:
-        """A driver on this node survives the node of its cell, and would wait for that to come back under the same name."""
-        suspects = [cell for cell in self.cells if cell.from_here and cell.running is not None]
-        if not suspects or time.monotonic() - self._looked_at_nodes < _LOOK_AT_NODES_S:
-            return
-        self._looked_at_nodes = time.monotonic()
-        alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
-        for cell in suspects:
-            if cell.node not in alive:
-                ray.kill(cell.driver)
-
-    def _take_spare(self) -> Any:
-        """The driver that is ready here; None when there is none, or enough cells are driven from here."""
-        if self._spare is None or not ray.wait([self._warm], timeout=0)[0]:
-            return None
-        if sum(cell.from_here and cell.running is not None for cell in self.cells) >= _DRIVEN_FROM_HERE:
-            return None
-        spare, self._spare = self._spare, None
-        return spare
-
-    def _keep_spare(self) -> None:
-        if self._spare is None:
-            self._spare = _driver(self._here)
-            self._warm = self._spare.warm.remote()
+        self.run_files.event("cell", cell=cell.number, node=node, what="started")
 
     def _look_at(self, cell: Cell) -> None:
         """A cell that has ended though training has not is given room anew; one that keeps failing, later and later."""
@@ -162,10 +142,11 @@ class Fleet:
             why = cast(dict[str, Any], ray.get(cell.running))["error"] or "left"
         except RayError as error:
             why = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+            cell.driver = None
         quick = time.monotonic() - cell.started < self.ladder.absence_s and "Died" not in why
         cell.failures = cell.failures + 1 if quick else 0
         wait = min(60.0, _PATIENCE_WITH_FAILURES * 2 ** (cell.failures - 1)) if cell.failures else 0.0
-        cell.driver = cell.running = None
+        cell.driver, cell.running = (None if cell.node else cell.driver), None  # one that is here can drive again
         cell.not_before = time.monotonic() + wait
         self.run_files.event("cell", cell=cell.number, node=cell.node, what="ended", why=why[:500])
 
@@ -177,8 +158,6 @@ class Fleet:
             if len(self.cells) > 1 and self._over_at is None:
                 self._tend()
             status = self._ask()
-            if status is not None and status["logged"] and self._over_at is None and len(self.cells) > 1:
-                self._keep_spare()
             if status is not None and self._finished(status, ended):
                 return status
             if ended() and status is not None and not status["done"]:
@@ -210,19 +189,20 @@ class Fleet:
         elif kind == "lost":
             self.say(f"lost member {note['member']}: {note['why']}")
         elif kind == "generation":
+            self._inside = set(note["cell"])
             self.say(f"generation {note['generation']}: {len(note['members'])} members from step {note['committed']}")
         elif kind == "straggler":
             who = f"rank {note['rank']} on node {note['node'][:8]}"
             self.say(f"straggler: {who} is {note['factor']:.1f} times slower ({note['cause']})")
 
     def _finished(self, status: dict[str, Any], ended: Callable[[], bool]) -> bool:
-        """True once training is over and the cells have returned, or have had time to."""
+        """True once training is over and the cells that took part have returned, or have had time to."""
         if not status["done"]:
             return False
         if self._over_at is None:
             self._over_at = time.monotonic()
             self._withdraw_wishes()
-        running = [cell.running for cell in self.cells if cell.running is not None]
+        running = [cell.running for cell in self.cells if cell.running is not None and cell.number in self._inside]
         back = not ray.wait(running, num_returns=len(running), timeout=0)[1] if running else len(self.cells) > 1 or ended()
         return back or time.monotonic() - self._over_at > self.ladder.return_s
 
@@ -235,11 +215,7 @@ class Fleet:
     def _end(self) -> None:
         """Nothing of this fleet stays."""
         self._withdraw_wishes()
-        for driver in [self._spare, *(cell.driver for cell in self.cells)]:
-            if driver is not None:
-                ray.kill(driver)
+        for cell in self.cells:
+            if cell.driver is not None:
+                ray.kill(cell.driver)
         ray.kill(self.roster)
-
-
-def _driver(where: NodeAffinitySchedulingStrategy) -> Any:
-    return CellDriver.options(scheduling_strategy=where).remote()  # pyright: ignore[reportAttributeAccessIssue]
