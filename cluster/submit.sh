@@ -16,4 +16,7 @@ fi
 if [ -n "${RAY_AUTH_TOKEN:-}${RAY_AUTH_TOKEN_PATH:-}" ] || [ -f "$HOME/.ray/auth_token" ]; then
     export RAY_AUTH_MODE="${RAY_AUTH_MODE:-token}" # the ray command sends no token unless it is told to
 fi
-exec ray job submit --address "$RAY_ADDRESS" --submission-id "${SUBMISSION_ID:-$1-$(date +%Y%m%d-%H%M%S)}" -- python -m raysegment "$@"
+# `ray job stop` asks with SIGTERM and kills after three seconds: training is given more, to end with a committed state
+stop='{"env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": "20"}}'
+exec ray job submit --address "$RAY_ADDRESS" --submission-id "${SUBMISSION_ID:-$1-$(date +%Y%m%d-%H%M%S)}" \
+    --runtime-env-json "$stop" -- python -m raysegment "$@"
