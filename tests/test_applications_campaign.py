@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 from pathlib import Path
 
 import pytest
@@ -74,6 +75,25 @@ def test_poor_trials_are_stopped_early_and_give_their_cpus_back(tmp_path):
     assert result["finished"] >= 1
     assert result["stopped"] >= 1
     assert result["failed"] == 0
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+@pytest.mark.timeout(900)
+@pytest.mark.usefixtures("two_cpus")
+def test_trials_of_several_cells_one_after_the_other(tmp_path):
+    """Tune drives fleets as it drives single cells; the number of cells is no matter of the result."""
+    shards = write_shards(tmp_path / "s")
+    kept = {**SMALL, "shards": str(shards), "steps": 30, "cpus_per_worker": 1}
+    fleets = {**kept, "elastic": {"cells": [2, 2], "workers_per_cell": 1}}
+    results = [
+        run_campaign(campaign(tmp_path / name, shards, train=train, at_once=1))
+        for name, train in (("single", {**kept, "workers": 1}), ("fleets", fleets))
+    ]
+    assert [(result["trials"], result["finished"]) for result in results] == [(2, 2), (2, 2)]
+    for single in (tmp_path / "single" / "trials").glob("*/summary.json"):
+        ours = next((tmp_path / "fleets" / "trials").glob(f"{single.parent.name}/summary.json"))
+        assert json.loads(ours.read_text())["state_sha256"] == json.loads(single.read_text())["state_sha256"]
 
 
 def test_wrong_keys_and_bounds_are_refused_before_anything_starts(tmp_path):
