@@ -166,6 +166,26 @@ def test_without_a_damaged_tile_any_group_learns_the_same(shards, tmp_path):
     assert one["state_sha256"] == two["state_sha256"]
 
 
+@pytest.mark.slow
+def test_a_straggler_is_named_ejected_and_replaced(shards, tmp_path):
+    """Of two cells one becomes six times slower: its process is replaced, and the bits are those of one cell alone."""
+    alone = train(config(shards, tmp_path / "alone", steps=900, cpus_per_worker=1))
+    elastic = ElasticConfig(cells=(1, 2), workers_per_cell=1, eject_stragglers=True)
+    slow = "slow@step=150,member=0,factor=6"
+    summary = train(config(shards, tmp_path / "run", steps=900, cpus_per_worker=1, elastic=elastic, chaos=slow))
+    events = lines(tmp_path / "run" / "events.jsonl")
+    assert [event["fault"] for event in events if event["event"] == "fault"] == [slow]
+    named = next(event for event in events if event["event"] == "straggler")
+    assert named["ejected"]
+    assert named["factor"] > 3
+    assert named["cause"] == "compute"
+    after = events[events.index(named) :]
+    assert named["member"] in [event["member"] for event in after if event["event"] == "lost"]
+    sizes = [len(event["members"]) for event in after if event["event"] == "generation"]
+    assert sizes[0] == 1, "the other goes on alone"
+    assert summary["state_sha256"] == alone["state_sha256"]
+
+
 def test_a_second_fleet_on_the_same_folder_is_refused(shards, tmp_path):
     (tmp_path / "run").mkdir()
     with FileLock(tmp_path / "run" / "fleet.lock"), pytest.raises(BadInput, match="no other fleet works on"):
