@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import os
+import random
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 
 from raysegment import config as configurations
 from raysegment.applications.chaos import ChaosConfig, Kinds, chaos, lines
-from raysegment.applications.strikes import KINDS, Scene, Strike, mixture, sequence
+from raysegment.applications.fake_cluster import FakeNode
+from raysegment.applications.strikes import KINDS, Job, Scene, Strike, Striker, mixture, sequence
 from raysegment.applications.strikes_account import account, effect, spread
 from raysegment.climate.checks import BadInput
 from raysegment.elastic.runs import Run
@@ -129,6 +133,18 @@ def test_the_scene_follows_the_files(tmp_path: Path) -> None:
     assert scene.living == [], "that process does not exist"
     run.event("broken", generation=4)
     assert not scene.look().going
+
+
+def test_the_end_of_a_node_is_announced_once(tmp_path: Path) -> None:
+    run, announced = Run(tmp_path), []
+    node = FakeNode("n", 2**22 + 1, None)
+    cluster: Any = SimpleNamespace(nodes=[node], announce_end=announced.append)
+    run.event("generation", generation=4, members=["1.0-aa"], node=["n"], cell=[1], pid=[os.getpid()])
+    striker = Striker(cluster, cast(Job, SimpleNamespace(run=run)), 0, random.Random(0))
+    assert striker.strike("drain").fired
+    assert not striker.possible("drain")
+    assert not striker.strike("drain").fired
+    assert announced == [node]
 
 
 def job(folder: Path, **changes: Any) -> TrainConfig:

@@ -183,7 +183,7 @@ class Striker:
         """Now. The victim is drawn among the living members."""
         scene = self.scene.look()
         self._roster = scene.roster
-        possible = [member for member in scene.living if kind != "keeper" or self._kept(member.node)]
+        possible = [member for member in scene.living if self._strikable(kind, member)]
         hit = possible if kind == "all" else [self.draw.choice(possible)] if possible else []
         before = Strike(kind, self.number, time.time(), scene.step, scene.generation)
         if kind in ("node", "drain", "driver"):
@@ -212,9 +212,12 @@ class Striker:
             return _runs(scene.roster)
         if kind == "driver":
             return all(_runs(scene.drivers.get(member.cell, 0)) for member in scene.living)
+        return any(self._strikable(kind, member) for member in scene.living)
+
+    def _strikable(self, kind: str, member: Actor) -> bool:
         if kind == "keeper":
-            return any(self._kept(member.node) for member in scene.living)
-        return bool(scene.living)
+            return bool(self._kept(member.node))
+        return kind != "drain" or all(node.id != member.node for _, node in self._draining)  # an end is announced once
 
     def mend(self) -> None:
         """Add again the nodes that Ray knows to be dead."""
