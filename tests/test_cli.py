@@ -10,6 +10,7 @@ import pytest
 from raysegment.applications import bench_step
 from raysegment.archive.masks import read_probabilities
 from raysegment.cli import BAD_INPUT, VERBS, main, parse, parser
+from raysegment.climate.rules import RULES
 from tests.helpers import real_data
 
 MAP, TRACKS = "gfs_2011-10-11T00.nc", "ibtracs_2011-10-11T00.csv"
@@ -171,4 +172,6 @@ def test_bench_step_prints_the_cost_of_checkpointing_and_a_profile(capsys: pytes
 def test_bench_rest(capsys: pytest.CaptureFixture[str]) -> None:
     result = run(capsys, "bench", "rest", "height=32", "width=64", "repeats=1")
     assert result["tiles_per_s"] > 0
-    assert result["rules_default_s"] > 0
+    for name in RULES:
+        assert result[f"rules_{name}_s"] > 0
+        assert result[f"rules_{name}_peak_mb"] > 32 * 64 / 1e6  # at least the mask that comes out

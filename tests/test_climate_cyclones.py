@@ -21,6 +21,7 @@ from raysegment.climate.cyclones import (
     cyclone_mask,
     detect_cyclones,
     scaled_vorticity_s,
+    scaled_wind_m_s,
     surface_height_m,
     thickness_m,
 )
@@ -135,6 +136,18 @@ def test_vorticity_threshold_follows_the_spacing():
     assert scaled_vorticity_s(1.6e-4, Grid.global_(65, 128)) == pytest.approx(3.5e-5, rel=0.03)  # Bengtsson et al. 1995, T42
 
 
+def test_wind_threshold_follows_the_spacing():
+    assert scaled_wind_m_s(17.0, Grid.global_(721, 1440)) == scaled_wind_m_s(17.0, Grid.global_(1441, 2880)) == 17.0
+    fine_km, coarse_km = 0.25 * KM_PER_DEGREE, 2.5 * KM_PER_DEGREE
+    expected = 17.0 * (1 - coarse_km / 700.0) / (1 - fine_km / 700.0)  # 17.5 m/s at 0 km, 10 m/s at 300 km
+    assert scaled_wind_m_s(17.0, COARSE) == pytest.approx(expected)
+    weak = storm_at(COARSE, 17.5, 180.0)
+    weak[[INDEX["UBOT"], INDEX["VBOT"]]] *= 14.0 / np.hypot(weak[INDEX["UBOT"]], weak[INDEX["VBOT"]]).max()
+    teca, tempest = CYCLONE_PRESETS["teca"], CYCLONE_PRESETS["tempest"]
+    assert detect_cyclones(weak, COARSE, teca) and detect_cyclones(weak, COARSE, tempest)
+    assert not detect_cyclones(weak, COARSE, replace(tempest, min_wind_m_s=14.5))  # as published on every grid
+
+
 def closed_oracle(field, grid, row, col, delta, radius_km):
     """Cell-by-cell flood of the whole map."""
     sign, todo, seen = np.sign(delta), [(row, col)], {(row, col)}
@@ -216,12 +229,19 @@ def test_a_stronger_wind_field_gives_a_larger_mask():
 
 
 @pytest.mark.parametrize("name", CYCLONE_PRESETS)
-@pytest.mark.parametrize("spacing", [2.5, 1.0])
+@pytest.mark.parametrize("spacing", [2.5, 1.0, 0.5])
 def test_jova_and_irwin_on_the_real_map(name, spacing):
     with open_source(real_data("gfs_2011-10-11T00.nc")) as source:
         snapshot = source.read(0)
     grid = to_spacing(snapshot.grid, spacing, spacing)
-    storms = detect_cyclones(regrid(snapshot.fields, snapshot.grid, grid), grid, CYCLONE_PRESETS[name])
+    fields = regrid(snapshot.fields, snapshot.grid, grid)
+    storms = detect_cyclones(fields, grid, CYCLONE_PRESETS[name])
+    shift = round(105.0 / spacing)  # Jova goes to Greenwich
+    turned = detect_cyclones(np.roll(fields, shift, axis=2), grid, CYCLONE_PRESETS[name])
+    south = fields[:, ::-1].copy()
+    south[[INDEX["V850"], INDEX["VBOT"]]] *= -1.0
+    mirrored = detect_cyclones(south, grid, CYCLONE_PRESETS[name])
+    assert [round(s.lat, 3) for s in storms] == [round(s.lat, 3) for s in turned] == [round(-s.lat, 3) for s in mirrored]
     away = np.array([[great_circle_km(*place, s.lat, s.lon) for s in storms] for place in ((17.5, 255.0), (17.5, 242.5))])
     assert (away.min(axis=1) < 3.0 * KM_PER_DEGREE).all()
     others = sum(abs(s.lat) <= 50 and far > 3.0 * KM_PER_DEGREE for s, far in zip(storms, away.min(axis=0), strict=True))

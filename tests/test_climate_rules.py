@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 
 from raysegment.archive.snapshots import open_source
-from raysegment.climate.channels import CYCLONE, RIVER
+from raysegment.climate.channels import CYCLONE, INDEX, NAMES, RIVER
 from raysegment.climate.checks import BadInput
 from raysegment.climate.cyclones import CYCLONE_PRESETS
 from raysegment.climate.events import find_events
 from raysegment.climate.grid import KM_PER_DEGREE, Grid, great_circle_km
-from raysegment.climate.rivers import RIVER_PRESETS
-from raysegment.climate.rules import BLANK_DEG, RULES, Rules, parse_rules
+from raysegment.climate.rivers import RIVER_PRESETS, ivt_stand_in
+from raysegment.climate.rules import BLANK_DEG, RULES, Rules, parse_rules, presets_for
 from tests.helpers import real_data
 from tests.weather import add_stream, add_vortex, quiet
 
@@ -93,3 +93,47 @@ def test_jova_and_irwin_are_objects_of_the_mask(name):
         assert min(great_circle_km(e.lat, e.lon, *place) for e in cyclones) < 3.0 * KM_PER_DEGREE
     assert sum(abs(e.lat) < 50 for e in cyclones) <= 4
     assert all(e.cells >= 3 for e in cyclones)
+
+
+def partial(names: frozenset[str]) -> np.ndarray:
+    fields = weather()
+    fields[[INDEX[name] for name in NAMES if name not in names]] = np.nan
+    return fields
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_nothing_but_what_is_needed_is_read(name):
+    rules = parse_rules(name)
+    assert np.array_equal(rules.label(partial(rules.needs), GRID), rules.label(weather(), GRID))
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_every_channel_that_is_needed_is_missed(name):
+    rules = parse_rules(name)
+    for absent in rules.needs:
+        with pytest.raises(BadInput, match=f"values of .*{absent}"):
+            rules.label(partial(rules.needs - {absent}), GRID)
+        assert name not in presets_for(rules.needs - {absent})
+    assert name in presets_for(rules.needs)
+    with pytest.raises(BadInput, match="No rules would work"):
+        rules.label(partial(frozenset()), GRID)
+
+
+def test_ivt_takes_the_place_of_what_it_is_made_of():
+    ivt = ivt_stand_in(weather())
+    empty = partial(frozenset())
+    for name in ("ivt", "guan_waliser"):
+        rules = parse_rules(name)
+        assert rules.can_use_ivt
+        assert rules.label(empty, GRID, ivt)[GRID.nearest(42.0, 0.5)] == RIVER
+        assert not rules.label(weather(), GRID, np.zeros(GRID.shape)).any()
+    assert not any(parse_rules(name).can_use_ivt for name in ("default", "paper2018_21", "teca"))
+    assert set(presets_for(set(), has_ivt=True)) == {"ivt", "guan_waliser"}
+    assert presets_for(set()) == ()
+    both = parse_rules("tempest")
+    assert both.missing(both.needs - {"TMQ"}) == ("TMQ",)
+    assert np.array_equal(both.label(partial(both.needs - {"TMQ"}), GRID, ivt), both.label(weather(), GRID))
+    ivt[GRID.nearest(-40.0, 200.0)] = np.nan
+    assert not parse_rules("ivt").label(empty, GRID, ivt)[GRID.nearest(-40.0, 200.0)]
+    with pytest.raises(BadInput, match=r"all missing.*rules:paper2018_21"):
+        parse_rules("ivt").label(partial(frozenset({"TMQ"})), GRID, np.full(GRID.shape, np.nan))

@@ -5,8 +5,10 @@ from __future__ import annotations
 import statistics
 import tempfile
 import time
+import tracemalloc
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +17,7 @@ import torch
 from raysegment.archive.manifest import Manifest
 from raysegment.archive.quantise import quantise
 from raysegment.archive.shards import TileId, open_shards, write_shard
-from raysegment.climate.rules import parse_rules
+from raysegment.climate.rules import RULES, parse_rules
 from raysegment.climate.synthetic import SyntheticConfig, generate
 
 
@@ -33,7 +35,8 @@ class BenchConfig:
 
 
 def bench(config: BenchConfig) -> dict[str, float]:
-    """Medians of `repeats` timings: tiles per second from a shard and from a plain memory map, seconds of the rules."""
+    """Medians of `repeats` timings: tiles per second from a shard and from a plain memory map, seconds of the
+    rules by name, and the most memory that each holds above its input."""
     return {**_reading(config), **_rules(config)}
 
 
@@ -64,7 +67,21 @@ def _reading(config: BenchConfig) -> dict[str, float]:
 
 
 def _rules(config: BenchConfig) -> dict[str, float]:
-    """Seconds of the default rules on one map."""
+    """Seconds and peak memory (MB above the fields) of every rule set by name on one map."""
     snapshot = generate(SyntheticConfig(1, config.height, config.width), 0)
-    rules = parse_rules("rules:default")
-    return {"rules_default_s": median_s(lambda: rules.label(snapshot.fields, snapshot.grid), config.repeats)}
+    costs = {}
+    for name in RULES:
+        label = partial(parse_rules(name).label, snapshot.fields, snapshot.grid)
+        costs[f"rules_{name}_s"] = median_s(label, config.repeats)
+        costs[f"rules_{name}_peak_mb"] = _peak_mb(label)
+    return costs
+
+
+def _peak_mb(work: Callable[[], object]) -> float:
+    """Most memory (MB) that one call held at a time beyond what was there before, in arrays and Python objects."""
+    tracemalloc.start()
+    try:
+        work()
+        return tracemalloc.get_traced_memory()[1] / 1e6
+    finally:
+        tracemalloc.stop()

@@ -40,13 +40,13 @@ class Labeller(Protocol):
 
 @dataclass(frozen=True)
 class RulesLabeller:
-    """Heuristic rules as a labeller."""
+    """Heuristic rules as a labeller; `ivt (H, W)` in place of its stand-in where a file has it."""
 
     rules: Rules
     name: str
 
-    def label(self, fields: NDArray, grid: Grid) -> tuple[NDArray[np.uint8], NDArray | None]:
-        return self.rules.label(fields, grid), None
+    def label(self, fields: NDArray, grid: Grid, ivt: NDArray | None = None) -> tuple[NDArray[np.uint8], NDArray | None]:
+        return self.rules.label(fields, grid, ivt), None
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,8 @@ VORTICITY_SPACING_DEG = 0.25  # the grid that the published vorticity thresholds
 # A coarse grid sees less vorticity in the same storm. Published thresholds are 1.6e-4 s⁻¹ at 0.25 degrees (TECA) and
 # 3.5e-5 s⁻¹ at 2.8 degrees (Bengtsson et al. 1995; Vitart et al. 1997): a power law of the spacing through both.
 VORTICITY_EXPONENT = -0.63
+# So is the wind: a storm of 17.5 m/s shows about 10 m/s at 300 km, and roughly in proportion between (Walsh et al. 2007).
+WIND_LOSS_PER_KM = (1.0 - 10.0 / 17.5) / 300.0
 MIN_SEARCH_CELLS = 1.5  # no search distance is shorter than this many cells: a cell and its eight neighbours
 
 
@@ -53,6 +55,11 @@ class CyclonePreset:
     `seeds` is "vorticity" or "pressure"; seeds within `apart_deg` of a stronger one are dropped. `core_deg` is how far the
     pressure minimum may lie from the seed. `paths` says how contours are followed: "flood" tries every path through
     neighbouring cells (TempestExtremes), "rays" eight compass directions (TECA).
+
+    On a grid coarser than 0.25 degrees, limits scale as follows. Distances stay what they are in kilometres, but reach a cell
+    and its neighbours at least. Vorticity falls as the power VORTICITY_EXPONENT of the spacing (`scaled_vorticity_s`). The wind
+    of presets that start from vorticity falls linearly (`scaled_wind_m_s`); that of the others does not, because
+    TempestExtremes' 10 m/s was published for reanalyses of several spacings. Contours' depths do not scale.
     """
 
     name: str
@@ -73,6 +80,12 @@ class CyclonePreset:
         assert self.paths in ("flood", "rays"), self
         assert self.apart_deg > 0 < self.max_abs_lat <= 90, self
         assert self.contours, self
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """Names of the channels that decide; `Cyclone.warm_core_k` is NaN where T200 and T500 are not among them and absent."""
+        height = ("PSL", "PS", "TREFHT") if np.isfinite(self.max_height_m) else ()
+        return frozenset(_ALWAYS_READ).union(height, *(_READ[contour.quantity] for contour in self.contours))
 
 
 @dataclass(frozen=True)
@@ -114,6 +127,8 @@ def thickness_m(fields: NDArray) -> NDArray:
 
 
 QUANTITIES = {"psl_pa": sea_level_pressure_pa, "warm_core_k": warm_core_k, "thickness_m": thickness_m}
+_READ = {"psl_pa": ("PSL",), "warm_core_k": ("T200", "T500"), "thickness_m": ("Z200", "TREFHT", "PSL")}
+_ALWAYS_READ = ("PSL", "U850", "V850", "UBOT", "VBOT")  # where a storm is, how strong, how large
 
 
 def surface_height_m(fields: NDArray) -> NDArray:
@@ -144,21 +159,27 @@ def _teca(name: str, source: str, vorticity_s: float, warm_k: float, psl_pa: flo
     )
 
 
+def _tempest(name: str, stand_in: str, warm: Contour) -> CyclonePreset:
+    """TempestExtremes' rule: a closed low and a warm core, each followed along every path."""
+    source = (
+        f"TempestExtremes DetectNodes as in Zarzycki & Ullrich 2017 and Ullrich et al. 2021, with the {stand_in} for Z300 − Z500 "
+        "by 6 m (neither level is among the 16 fields); StitchNodes' limits of wind (10 m/s), latitude (50) and height of the "
+        "ground (150 m) applied to the moment"
+    )
+    return CyclonePreset(
+        name, source, "pressure", 6.0, (Contour("psl_pa", 200.0, 5.5), warm), "flood", min_wind_m_s=10.0, wind_radius_deg=2.0,
+        max_abs_lat=50.0, max_height_m=150.0,
+    )
+
+
 CYCLONE_PRESETS: dict[str, CyclonePreset] = {
     preset.name: preset
     for preset in (
         _teca("teca", _TECA_SOURCE, 1.6e-4, 0.8, 400.0),
         _teca("teca_relaxed", f"{_KURTH_SOURCE}: 'relaxed'", 1.4e-4, 0.6, 300.0),
         _teca("teca_super_relaxed", f"{_KURTH_SOURCE}: 'super relaxed' (labels_1)", 1e-5, 0.1, 100.0),
-        CyclonePreset(
-            "tempest",
-            "TempestExtremes DetectNodes as in Zarzycki & Ullrich 2017 and Ullrich et al. 2021, with the thickness "
-            "200–1000 hPa by 20 m for Z300 − Z500 by 6 m (neither level is among the 16 fields); StitchNodes' limits of "
-            "wind (10 m/s), latitude (50) and height of the ground (150 m) applied to the moment",
-            "pressure", 6.0,
-            (Contour("psl_pa", 200.0, 5.5), Contour("thickness_m", -20.0, 6.5, shift_deg=1.0)),
-            "flood", min_wind_m_s=10.0, wind_radius_deg=2.0, max_abs_lat=50.0, max_height_m=150.0,
-        ),
+        _tempest("tempest", "thickness 200–1000 hPa by 20 m", Contour("thickness_m", -20.0, 6.5, shift_deg=1.0)),
+        _tempest("tempest_warm", "(T200 + T500) / 2 by 0.6 K", Contour("warm_core_k", -0.6, 6.5, shift_deg=1.0)),
     )
 }  # fmt: skip
 
@@ -166,6 +187,13 @@ CYCLONE_PRESETS: dict[str, CyclonePreset] = {
 def scaled_vorticity_s(min_vorticity_s: float, grid: Grid) -> float:
     """A published vorticity threshold on this grid: unchanged to 0.25 degrees, then ∝ spacing ** VORTICITY_EXPONENT."""
     return min_vorticity_s * max(1.0, max(grid.dlat, grid.dlon) / VORTICITY_SPACING_DEG) ** VORTICITY_EXPONENT
+
+
+def scaled_wind_m_s(min_wind_m_s: float, grid: Grid) -> float:
+    """A published wind threshold on this grid: unchanged to 0.25 degrees, then ∝ 1 − WIND_LOSS_PER_KM · spacing."""
+    published_km = VORTICITY_SPACING_DEG * KM_PER_DEGREE
+    share = 1.0 - WIND_LOSS_PER_KM * max(spacing_km(grid), published_km)
+    return min_wind_m_s * max(share, 0.0) / (1.0 - WIND_LOSS_PER_KM * published_km)
 
 
 def detect_cyclones(fields: NDArray, grid: Grid, preset: CyclonePreset) -> list[Cyclone]:
@@ -176,11 +204,12 @@ def detect_cyclones(fields: NDArray, grid: Grid, preset: CyclonePreset) -> list[
     centres = _centres(_seeds(maps["psl_pa"], spin, grid, preset), maps["psl_pa"], grid, preset)
     closed = [c for c in centres if all(_holds(maps[k.quantity], grid, c, k, preset.paths) for k in preset.contours)]
     height = surface_height_m(fields) if np.isfinite(preset.max_height_m) else None
+    least = scaled_wind_m_s(preset.min_wind_m_s, grid) if preset.seeds == "vorticity" else preset.min_wind_m_s
     storms = []
     for row, col in closed:
         storm = _measure(fields, spin, grid, row, col, preset)
         low = height is None or height[row, col] <= preset.max_height_m
-        if low and storm.wind_m_s >= preset.min_wind_m_s:
+        if low and storm.wind_m_s >= least:
             storms.append(storm)
     return sorted(storms, key=lambda storm: storm.psl_pa)
 
@@ -418,3 +447,4 @@ def _largest(mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
 
 
 SHAPES = {"wind": wind_shape, "paper2018": paper2018_shape}
+SHAPE_NEEDS = {"wind": frozenset({"PSL", "U850", "V850"}), "paper2018": frozenset({*_PAPER_FIELDS, "UBOT", "VBOT"})}

@@ -51,6 +51,16 @@ class RiverPreset:
         assert self.field in FIELDS, self
         assert self.minimum > 0 <= self.percentile < 100, self
 
+    @property
+    def needs(self) -> frozenset[str]:
+        """Names of the channels that are read where no IVT is given."""
+        return frozenset({"TMQ"}) if self.field == "damped_tmq" else frozenset({"TMQ", "U850", "V850"})
+
+    @property
+    def can_use_ivt(self) -> bool:
+        """True when IVT alone is enough (rules about direction then do not apply)."""
+        return self.field != "damped_tmq"
+
 
 def transport(fields: NDArray) -> tuple[NDArray, NDArray]:
     """Stand-in for the eastward and northward vapour transport (H, W), kg m⁻¹ s⁻¹: 0.97 · TMQ · (U850, V850)."""
@@ -132,6 +142,15 @@ FIELDS = {
     "damped_tmq": _by_damped_tmq,
 }
 
+
+def _paper(name: str, labels: str, minimum: float) -> RiverPreset:
+    source = (
+        f"label scripts of Kurth et al. 2018 ({labels}): damped TMQ > {minimum:.0f} kg/m², box diagonal > 1500 km, area / length "
+        "< 1000 km, where length is the north–south side of the box; joined over Greenwich, where the original was cut"
+    )
+    return RiverPreset(name, source, "damped_tmq", minimum, paper_box=True)
+
+
 RIVER_PRESETS: dict[str, RiverPreset] = {
     preset.name: preset
     for preset in (
@@ -141,12 +160,8 @@ RIVER_PRESETS: dict[str, RiverPreset] = {
             "the tropics (20 degrees), where so much transport is no event",
             "ivt", IVT_MIN_KG_M_S, min_length_km=2000.0, min_elongation=2.0, min_abs_lat=20.0,
         ),
-        RiverPreset(
-            "paper2018",
-            "label scripts of Kurth et al. 2018 (labels_0): damped TMQ > 24 kg/m², box diagonal > 1500 km, area / length "
-            "< 1000 km, where length is the north–south side of the box; joined over Greenwich, where the original was cut",
-            "damped_tmq", 24.0, paper_box=True,
-        ),
+        _paper("paper2018", "labels_0", 24.0),
+        _paper("paper2018_21", "labels_1", 21.0),
         RiverPreset(
             "tempest",
             "TempestExtremes DetectBlobs (McClenny et al. 2020; Ullrich et al. 2021): Laplacian of IVT ≤ −2e4, |latitude| ≥ 15, "
@@ -189,6 +204,8 @@ def _is_river(region: Region, area_km2: float, fields: NDArray | None, grid: Gri
 def _flows_along(region: Region, fields: NDArray, grid: Grid, preset: RiverPreset, lats: NDArray, lons: NDArray) -> bool:
     """True when the mean transport runs poleward enough and within the preset's angle of the axis from end to end."""
     east, north = (float(part[region.cells].mean()) for part in transport(fields))
+    if np.isnan(east + north):  # only the IVT is known: a rule about direction cannot be applied
+        return True
     poleward = north * np.sign(float(grid.lat[region.cells[0]].mean()))
     dx = (lons[-1] - lons[0] + 180.0) % 360.0 - 180.0
     axis = np.arctan2(lats[-1] - lats[0], dx * np.cos(np.deg2rad(lats.mean())))

@@ -6,15 +6,16 @@ kinds have (`tempest`) means both.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from difflib import get_close_matches
 
 import numpy as np
 from numpy.typing import NDArray
 
-from raysegment.climate.channels import CYCLONE, NAMES, RIVER
+from raysegment.climate.channels import CYCLONE, INDEX, NAMES, RIVER
 from raysegment.climate.checks import BadInput
-from raysegment.climate.cyclones import CYCLONE_PRESETS, SHAPES, Cyclone, cyclone_mask, detect_cyclones
+from raysegment.climate.cyclones import CYCLONE_PRESETS, SHAPE_NEEDS, SHAPES, Cyclone, cyclone_mask, detect_cyclones
 from raysegment.climate.grid import KM_PER_DEGREE, Grid
 from raysegment.climate.regions import window
 from raysegment.climate.rivers import RIVER_PRESETS, detect_rivers
@@ -56,20 +57,67 @@ class Rules:
         rivers = [RIVER_PRESETS[self.rivers]] if self.rivers else []
         return "; ".join(f"{preset.name}: {preset.source}" for preset in (*presets, *rivers))
 
+    @property
+    def needs(self) -> frozenset[str]:
+        """Names of the channels that the rules read when no IVT is given."""
+        return self._cyclone_needs | (RIVER_PRESETS[self.rivers].needs if self.rivers else frozenset())
+
+    @property
+    def can_use_ivt(self) -> bool:
+        """True when a map of IVT alone is enough: a river preset that reads nothing else, and no cyclone preset."""
+        return self.cyclones is None and self.rivers is not None and RIVER_PRESETS[self.rivers].can_use_ivt
+
+    def missing(self, available: Collection[str], has_ivt: bool = False) -> tuple[str, ...]:
+        """The channels that are needed and not available, in the order of the 16; none when the rules can work."""
+        instead = has_ivt and self.rivers is not None and RIVER_PRESETS[self.rivers].can_use_ivt
+        needs = self._cyclone_needs if instead else self.needs
+        return tuple(name for name in NAMES if name in needs and name not in available)
+
+    @property
+    def _cyclone_needs(self) -> frozenset[str]:
+        return CYCLONE_PRESETS[self.cyclones].needs | SHAPE_NEEDS[self.shape] if self.cyclones else frozenset()
+
     def detect(self, fields: NDArray, grid: Grid) -> list[Cyclone]:
         """The cyclones of `fields (16, H, W)`; none when the rules have no cyclone preset."""
         return detect_cyclones(fields, grid, CYCLONE_PRESETS[self.cyclones]) if self.cyclones else []
 
-    def label(self, fields: NDArray, grid: Grid) -> NDArray[np.uint8]:
-        """Mask (H, W) of `fields (16, H, W)`: 0 background, 1 cyclone, 2 river; cyclones win."""
+    def label(self, fields: NDArray, grid: Grid, ivt: NDArray | None = None) -> NDArray[np.uint8]:
+        """Mask (H, W) of `fields (16, H, W)`: 0 background, 1 cyclone, 2 river; cyclones win.
+
+        Planes that are not needed may be NaN. `ivt (H, W)`, kg m⁻¹ s⁻¹, takes the place of the stand-in from TMQ and the
+        wind at 850 hPa; its missing cells belong to no river. A needed field without one value raises BadInput.
+        """
         assert fields.shape == (len(NAMES), *grid.shape), fields.shape
+        assert ivt is None or ivt.shape == grid.shape, ivt.shape
+        self._check(fields, ivt)
         storms = self.detect(fields, grid)
         mask = np.zeros(grid.shape, np.uint8)
         if self.rivers:
-            blank = near_cyclones(grid, storms)
-            mask[detect_rivers(fields, grid, RIVER_PRESETS[self.rivers], blank)] = RIVER
+            known = None if ivt is None else np.nan_to_num(ivt, nan=0.0)
+            mask[detect_rivers(fields, grid, RIVER_PRESETS[self.rivers], near_cyclones(grid, storms), known)] = RIVER
         mask[cyclone_mask(fields, grid, storms, self.shape)] = CYCLONE
         return mask
+
+    def _check(self, fields: NDArray, ivt: NDArray | None) -> None:
+        """BadInput when a needed field has no value at all."""
+        has_ivt = ivt is not None and bool(np.isfinite(ivt).any())
+        empty = [name for name in sorted(self.needs) if not np.isfinite(fields[INDEX[name]]).any()]
+        missing = self.missing(set(NAMES) - set(empty), has_ivt)
+        if not missing:
+            return
+        available = {name for name in NAMES if np.isfinite(fields[INDEX[name]]).any()}
+        raise BadInput(self.name, f"values of {', '.join(missing)}", "no value (all missing)", remedy_for(available, has_ivt))
+
+
+def presets_for(available: Collection[str], has_ivt: bool = False) -> tuple[str, ...]:
+    """Names of the rules that work where these channels (and IVT, or not) are available, in the order of RULES."""
+    return tuple(name for name in RULES if not parse_rules(name).missing(available, has_ivt))
+
+
+def remedy_for(available: Collection[str], has_ivt: bool = False) -> str:
+    """What to do where a channel is missing: the rules that would work with what is there."""
+    names = presets_for(available, has_ivt)
+    return f"With what is there these would work: {', '.join(PREFIX + n for n in names)}." if names else "No rules would work."
 
 
 def near_cyclones(grid: Grid, storms: list[Cyclone]) -> NDArray[np.bool_]:
