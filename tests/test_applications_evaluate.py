@@ -8,13 +8,12 @@ from pathlib import Path
 
 import cftime
 import numpy as np
-import pandas as pd
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from raysegment.applications.evaluate import evaluate, regions
-from raysegment.applications.events_table import COLUMNS, write_events
+from raysegment.applications.evaluate import basins, evaluate, latitude_bands
+from raysegment.applications.intervals import Blocks, Bootstrap
 from raysegment.applications.tracks import Storm, read_tracks, storm_distances
 from raysegment.archive.axes import Axes
 from raysegment.archive.masks import write_masks
@@ -27,7 +26,7 @@ from raysegment.climate.grid import Grid
 from raysegment.learning.metrics import confusion, mlperf_iou
 from raysegment.learning.metrics import iou as class_iou
 from tests.helpers import real_data
-from tests.weather import add_vortex, quiet
+from tests.weather import quiet
 
 GRID = Grid.global_(19, 36)
 START = cftime.DatetimeNoLeap(2001, 1, 31, 21)
@@ -74,9 +73,9 @@ def test_one_summed_matrix_and_the_mean_of_maps(tmp_path):
     assert result["snapshots"] == 3
     assert list(result["by_month"]) == ["01", "02"]
     assert sum(np.sum(part["confusion"]) for part in result["by_month"].values()) == np.sum(result["confusion"])
-    zones = result["by_region"]
-    three = sum(np.array(zones[name]["confusion"]) for name in ("tropics", "mid_latitudes", "polar"))
-    assert three.tolist() == result["confusion"]
+    bands = sum(np.array(part["confusion"]) for part in result["by_latitude_band"].values())
+    assert bands.tolist() == result["confusion"]
+    assert list(result["by_basin"]) == sorted(basins(GRID))
     halves = sum(np.array(part["confusion"]).sum() for part in result["by_hemisphere"].values())
     assert halves == 3 * 18 * 36  # the equator is in neither
     json.dumps(result, allow_nan=False)
@@ -134,7 +133,7 @@ def test_what_does_not_belong_together_is_refused(tmp_path):
 
 def test_regions_hold_what_their_names_say():
     grid = Grid.global_(181, 360)
-    zones = regions(grid)
+    zones = basins(grid)
     places = {
         "north_atlantic": (25.0, 285.0), "east_pacific": (17.0, 255.0), "west_pacific": (15.0, 130.0),
         "north_indian": (15.0, 88.0), "south_indian": (-18.0, 70.0), "south_pacific": (-18.0, 175.0),
@@ -142,8 +141,12 @@ def test_regions_hold_what_their_names_say():
     }  # fmt: skip
     for name, place in places.items():
         assert [zone for zone in places if zones[zone][grid.nearest(*place)]] == [name]
-    basins = sum(zones[name].astype(int) for name in places)
-    assert basins.max() == 1
+    assert sum(zones[name].astype(int) for name in places).max() == 1
+    bands = latitude_bands(grid)
+    assert (sum(band.astype(int) for band in bands.values()) == 1).all()
+    assert {name: float(grid.lat[band[:, 0]].min()) for name, band in bands.items()} == {
+        "90S-60S": -90.0, "60S-30S": -60.0, "30S-0": -30.0, "0-30N": 0.0, "30N-60N": 30.0, "60N-90N": 60.0,
+    }  # fmt: skip
 
 
 TABLE = "track_id,season,basin,time,lat,lon,status,wind,slp,sshs_cat\n"
@@ -207,43 +210,54 @@ def test_real_tracks():
     assert storms[1].lon == pytest.approx(253.8)
 
 
-def test_table_of_events(tmp_path):
-    grid = Grid.global_(91, 180)
-    masks = np.zeros((2, *grid.shape), np.uint8)
-    for step, mask in enumerate(masks):
-        mask[grid.distance_km(16.0, 359.0 + step) < 600.0] = CYCLONE
-        mask[grid.distance_km(45.0, 150.0) < 900.0] = RIVER
-    for step in range(2):
-        fields = quiet(grid)
-        add_vortex(fields, grid, 17.0, 359.0 + step)
-        write_climatenet(tmp_path / "in" / f"s{step}.nc", fields, grid, None, times(2)[step])
-        write(tmp_path / "out" / f"s{step}.mask.nc", masks[step : step + 1], times(2)[step : step + 1], grid)
-    result = write_events(tmp_path / "out", tmp_path / "events", tmp_path / "in")
-    assert result["events"] == {"tropical_cyclone": 2, "atmospheric_river": 2}
-    assert result["tracks"] == {"tropical_cyclone": 1, "atmospheric_river": 1}
-    table = pd.read_parquet(tmp_path / "events.parquet")
-    assert tuple(table.columns) == COLUMNS
-    assert tuple(pd.read_csv(tmp_path / "events.csv").columns) == COLUMNS
-    storms = table[table["class"] == "tropical_cyclone"]
-    assert storms["track"].nunique() == 1
-    assert storms["lat"].tolist() == pytest.approx([17.0, 17.0], abs=0.6)
-    assert (storms["min_psl_pa"] < 98000).all()
-    assert storms["land_share"].tolist() == pytest.approx([1.0, 1.0])  # in the Sahara
-    plain = write_events(tmp_path / "out", tmp_path / "plain.csv", min_area_km2=2e6)
-    assert plain["events"] == {"tropical_cyclone": 0, "atmospheric_river": 2}
-    assert pd.read_parquet(tmp_path / "plain.parquet")["min_psl_pa"].isna().all()
-    assert {path.suffix for path in tmp_path.iterdir()} == {"", ".csv", ".parquet"}  # nothing half-written
+def bernoulli_blocks(days: int, share: float, seed: int = 1) -> Blocks:
+    """Days of ten cells that either side calls river, of which each day has all right with a probability."""
+    blocks, random = Blocks(), np.random.default_rng(seed)
+    for day in range(days):
+        counts = np.zeros((3, 3), np.int64)
+        counts[RIVER, RIVER if random.random() < share else 0] = 10
+        blocks.add(cftime.DatetimeGregorian(2001, 1, 1) + timedelta(days=day), "", {("", ""): counts})
+    return blocks
 
 
-def test_an_empty_sky_gives_an_empty_table(tmp_path):
-    path = write(tmp_path / "a.mask.nc", np.zeros((1, *GRID.shape), np.uint8))
-    assert write_events(path, tmp_path / "none")["events"] == {"tropical_cyclone": 0, "atmospheric_river": 0}
-    assert len(pd.read_parquet(tmp_path / "none.parquet")) == 0
+def test_intervals_are_those_of_the_binomial_distribution():
+    """IoU of the river is then the share of right days, whose percentiles are known."""
+    blocks = bernoulli_blocks(200, 0.6)
+    share = blocks.sums()["", ""][RIVER, RIVER] / 2000
+    low, high = blocks.intervals(Bootstrap(4000, 3))["", ""][RIVER]
+    half = 1.96 * np.sqrt(share * (1 - share) / 200)
+    assert (low, high) == pytest.approx((share - half, share + half), abs=0.012)
+    assert blocks.intervals(Bootstrap(4000, 3)) == blocks.intervals(Bootstrap(4000, 3))
+    assert blocks.intervals(Bootstrap(39, 4)) != blocks.intervals(Bootstrap(39, 3))
+    assert blocks.intervals(Bootstrap(0))["", ""] == [None] * 4
 
 
-def test_sources_must_be_those_of_the_masks(tmp_path):
-    write_climatenet(tmp_path / "in" / "b.nc", quiet(GRID), GRID, None, START)
-    path = write(tmp_path / "a.mask.nc", random_masks(1))
-    with pytest.raises(BadInput, match=r"a\.nc"):
-        write_events(path, tmp_path / "table", tmp_path / "in")
-    assert not list(tmp_path.glob("table*"))
+def test_blocks_are_days_then_months():
+    assert bernoulli_blocks(300, 0.5).about(Bootstrap())["unit"] == "day"
+    long = bernoulli_blocks(360, 0.5).about(Bootstrap(7, 2))
+    assert long == {"unit": "month", "blocks": 12, "resamples": 7, "seed": 2, "level_percent": 95.0}
+    unknown = bernoulli_blocks(360, 0.5)
+    unknown.add(None, "a.nc 0", {("", ""): np.eye(3, dtype=np.int64)})
+    assert unknown.about(Bootstrap())["blocks"] == 361
+
+
+def test_maps_of_one_day_are_one_block_and_have_no_interval(tmp_path):
+    """Eight maps of one day say no more of other days than one does."""
+    day = times(8, cftime.DatetimeNoLeap(2001, 2, 1))
+    ours = write(tmp_path / "a.mask.nc", random_masks(1, 8), day)
+    theirs = write(tmp_path / "b.mask.nc", random_masks(2, 8), day)
+    result = evaluate(ours, theirs, Bootstrap(20))
+    assert result["bootstrap"]["blocks"] == 1
+    assert result["iou_95"] == dict.fromkeys(("background", "cyclone", "river", "mean"))
+    days = [day[0] + timedelta(days=k) for k in range(8)]
+    ours = write(tmp_path / "c.mask.nc", random_masks(1, 8), days)
+    theirs = write(tmp_path / "d.mask.nc", random_masks(2, 8), days)
+    wide = evaluate(ours, theirs, Bootstrap(200))
+    low, high = wide["iou_95"]["river"]
+    assert low < wide["iou"]["river"] < high
+    assert wide["by_basin"]["north_atlantic"]["iou_95"]["cyclone"][0] < wide["by_basin"]["north_atlantic"]["iou"]["cyclone"]
+
+
+def test_bad_settings_of_the_bootstrap():
+    with pytest.raises(BadInput, match="at least 0"):
+        Bootstrap(-1)

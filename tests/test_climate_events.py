@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-from datetime import timedelta
-
-import cftime
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -13,7 +9,7 @@ from hypothesis import strategies as st
 from scipy import ndimage
 
 from raysegment.climate.channels import CYCLONE, INDEX, RIVER
-from raysegment.climate.events import MAX_SPEED_KM_H, Event, centroid, find_events, link_tracks
+from raysegment.climate.events import Weather, centroid, find_events, find_objects
 from raysegment.climate.grid import Grid, great_circle_km
 from raysegment.climate.regions import EIGHT, FOUR, cut_regions, label_regions, window
 from tests.weather import add_vortex, quiet
@@ -109,39 +105,34 @@ def test_a_window_misses_no_cell(lat, lon, radius_km):
     assert np.allclose(near.distance_km, GRID.distance_km(lat, lon)[near.index])
 
 
-def storm(lat: float, lon: float, kind: int = CYCLONE) -> Event:
-    return Event(kind, lat, lon, 9, 1e5, 400.0, 250.0, lat, lat, lon, lon)
+def test_means_and_water_are_by_area_and_landfall_is_land_that_is_touched():
+    fields = quiet(GRID)
+    fields[INDEX["PRECT"]] = 1e-7 * (1.0 + np.arange(GRID.shape[0])[:, None])
+    mask = disc(GRID, 50.0, 100.0, 1500.0, RIVER)
+    inside = mask > 0
+    area_km2 = np.broadcast_to(GRID.area_km2, GRID.shape)
+    land = (np.broadcast_to(GRID.lon, GRID.shape) < 95.0).astype(float)
+    (found,) = find_objects(mask, GRID, Weather.of(fields), land)
+    event = found.event
+    assert event.precip_kg_s == pytest.approx(float((fields[INDEX["PRECT"]] * area_km2)[inside].sum()) * 1e9, rel=1e-5)
+    assert event.mean_precip_mm_h == pytest.approx(event.precip_kg_s / event.area_km2 / 1e6 * 3600.0, rel=1e-5)
+    assert event.max_precip_mm_h == pytest.approx(3.6e6 * float(fields[INDEX["PRECT"]][inside].max()))
+    assert event.mean_ivt_kg_m_s == pytest.approx(0.0, abs=1e-6)
+    assert event.landfall
+    assert found.land_place is not None
+    assert found.land_place[1] < 95.0
+    assert np.array_equal(np.sort(np.flatnonzero(inside)), found.cells)
+    (sea,) = find_objects(mask, GRID, None, np.zeros(GRID.shape))
+    assert sea.event.landfall is False
+    assert sea.land_place is None
+    assert find_events(mask, GRID)[0].landfall is None
 
 
-def test_two_storms_over_the_date_line_keep_their_tracks():
-    days = [[storm(15.0, 179.0), storm(-15.0, 1.0)], [storm(-15.5, 359.0), storm(16.0, 181.0)], [storm(17.0, 183.0)]]
-    times = [cftime.DatetimeNoLeap(2001, 2, 28) + timedelta(hours=6 * step) for step in range(3)]
-    assert link_tracks(days, times) == [[0, 1], [1, 0], [0]]
-
-
-def test_nothing_outruns_the_speed_limit():
-    hours = [0.0, 6.0]
-    step_deg = MAX_SPEED_KM_H[CYCLONE] * 6.0 / 111.2
-    slow, fast = ([[storm(0.0, 50.0)], [storm(step_deg * share, 50.0)]] for share in (0.95, 1.05))
-    assert link_tracks(slow, hours) == [[0], [0]]
-    assert link_tracks(fast, hours) == [[0], [1]]
-    assert link_tracks(fast, hours, {CYCLONE: 200.0, RIVER: 1.0}) == [[0], [0]]
-    rivers = [[replace(event, kind=RIVER) for event in row] for row in fast]
-    assert link_tracks(rivers, hours) == [[0], [0]]  # a river's centroid may move faster
-
-
-def test_a_short_gap_is_bridged_and_a_long_one_is_not():
-    row = [[storm(10.0, 50.0)], [], [storm(10.5, 50.5)]]
-    assert link_tracks(row, [0.0, 6.0, 12.0]) == [[0], [], [0]]
-    assert link_tracks(row, [0.0, 6.0, 12.0], max_gap_h=6.0) == [[0], [], [1]]
-
-
-def test_classes_and_unknown_times_do_not_link():
-    assert link_tracks([[storm(10.0, 50.0)], [storm(10.0, 50.0, RIVER)]], [0.0, 6.0]) == [[0], [1]]
-    assert link_tracks([[storm(10.0, 50.0)], [storm(10.0, 50.0)]], [None, None]) == [[0], [1]]
-
-
-def test_the_nearest_pairing_is_taken():
-    before = [storm(10.0, 50.0), storm(10.0, 52.0)]
-    after = [storm(10.0, 51.5), storm(10.0, 54.0)]
-    assert link_tracks([before, after], [0.0, 6.0]) == [[0, 1], [0, 1]]
+def test_cells_without_a_value_are_left_out():
+    mask = disc(GRID, 20.0, 100.0, 900.0)
+    wind = np.full(GRID.shape, np.nan)
+    wind[GRID.nearest(20.0, 100.0)] = 30.0
+    psl = np.where(GRID.distance_km(20.0, 100.0) < 300.0, 99000.0, np.nan)
+    (found,) = find_objects(mask, GRID, Weather(psl_pa=psl, wind_m_s=wind, ivt_kg_m_s=np.full(GRID.shape, np.nan)))
+    assert (found.event.max_wind_m_s, found.event.min_psl_pa, found.event.max_ivt_kg_m_s) == (30.0, 99000.0, None)
+    assert found.event.precip_kg_s is None

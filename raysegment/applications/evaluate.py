@@ -1,7 +1,8 @@
-"""How well masks agree with truth: one summed confusion matrix, IoU per class, and the same by month and region.
+"""How well masks agree with truth: one summed confusion matrix, IoU per class with its interval, and the same by stratum.
 
 Files are paired by name (`X.mask.nc` with `X.nc` or `X.mask.nc`) and their maps by time. A class that neither side has
-anywhere has no IoU (null) and does not enter the mean; in MLPerf HPC's score, taken map by map, it counts as 1.
+anywhere has no IoU (null) and does not enter the mean; in MLPerf HPC's score, taken map by map, it counts as 1. Strata are
+months, hemispheres, latitude bands of 30 degrees, and the basins of tropical cyclones.
 """
 
 from __future__ import annotations
@@ -13,7 +14,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from raysegment.archive.masks import MASK_SUFFIX, Masks, read_masks
+from raysegment.applications.intervals import DEFAULT, Blocks, Bootstrap, Interval
+from raysegment.archive.masks import MASK_SUFFIX, MaskSource
 from raysegment.archive.snapshots import list_sources
 from raysegment.climate.channels import CLASSES
 from raysegment.climate.checks import BadInput
@@ -21,38 +23,45 @@ from raysegment.climate.grid import Grid
 from raysegment.learning.metrics import Scores, confusion, iou, mean_iou
 
 NAMES = ("background", "cyclone", "river")  # of the classes, in results
+STRATA = ("month", "hemisphere", "latitude_band", "basin")
 _COUNT = len(CLASSES)
 Paths = str | Path | Sequence[str | Path]
 
-TROPICS_DEG, POLAR_DEG = 23.44, 66.56
 
-
-def evaluate(predicted: Paths, truth: Paths) -> dict[str, Any]:
+def evaluate(predicted: Paths, truth: Paths, bootstrap: Bootstrap = DEFAULT) -> dict[str, Any]:
     """Compare masks with truth (files, folders or patterns; truth may be source files with labels inside).
 
-    Returns `iou` {background, cyclone, river, mean}, `confusion` (3 × 3 pixel counts, truth by prediction), `mlperf_iou`,
-    `snapshots`, `by_month`, `by_hemisphere` and `by_region` (an `iou` and `confusion` each), and the names of files
-    without a partner, which do not count.
+    Returns `iou` {background, cyclone, river, mean}, `iou_95` (their intervals, [low, high] or null), `confusion` (3 × 3 pixel
+    counts, truth by prediction), `mlperf_iou`, `snapshots`, `by_month`, `by_hemisphere`, `by_latitude_band` and `by_basin`
+    (an `iou`, `iou_95` and `confusion` each), how the intervals were made (`bootstrap`), and the names of files without a
+    partner, which do not count.
     """
     pairs, unpaired = pair_files(predicted, truth)
-    total = Scores.none(_COUNT)
-    parts: dict[str, dict[str, NDArray]] = {key: {} for key in ("month", "hemisphere", "region")}
-    for month, grid, guess, true in _maps(pairs):
+    total, blocks = Scores.none(_COUNT), Blocks()
+    for time, unit, grid, guess, true in _maps(pairs):
         here = Scores.of(guess, true, _COUNT)
         total += here
-        _add(parts["month"], {month: here.confusion.numpy()})
-        _add(parts["hemisphere"], {zone: _counts(guess[at], true[at]) for zone, at in hemispheres(grid).items()})
-        _add(parts["region"], {zone: _counts(guess[at], true[at]) for zone, at in regions(grid).items()})
-    strata = {f"by_{key}": {zone: _result(part[zone]) for zone in sorted(part)} for key, part in parts.items()}
-    score = {**_result(total.confusion.numpy()), "mlperf_iou": total.mlperf(), "snapshots": total.samples}
-    return {**score, **strata, "unpaired": unpaired}
+        blocks.add(time, unit, {("", ""): here.confusion.numpy(), **_strata(time, grid, guess, true)})
+    intervals = blocks.intervals(bootstrap)
+    every = _result(total.confusion.numpy(), intervals.get(("", "")))
+    score = {**every, "mlperf_iou": total.mlperf(), "snapshots": total.samples}
+    return {**score, **_by_stratum(blocks, intervals), "bootstrap": blocks.about(bootstrap), "unpaired": unpaired}
 
 
-def _add(sums: dict[str, NDArray], counts: dict[str, NDArray]) -> None:
-    """Add confusion matrices by zone, where there are any pixels."""
-    for zone, part in counts.items():
-        if part.any():
-            sums[zone] = sums.get(zone, 0) + part
+def _strata(time: Any, grid: Grid, guess: NDArray, true: NDArray) -> dict[tuple[str, str], NDArray[np.int64]]:
+    """Pixel counts (3, 3) of one map by (stratum, name), where there are any pixels."""
+    zones = {"hemisphere": hemispheres(grid), "latitude_band": latitude_bands(grid), "basin": basins(grid)}
+    cut = {(key, name): _counts(guess[at], true[at]) for key, parts in zones.items() for name, at in parts.items()}
+    month = ("month", f"{time.month:02d}" if time else "unknown")
+    return {month: _counts(guess, true), **{key: counts for key, counts in cut.items() if counts.any()}}
+
+
+def _by_stratum(blocks: Blocks, intervals: dict[tuple[str, str], Interval]) -> dict[str, Any]:
+    sums = blocks.sums()
+    return {
+        f"by_{key}": {name: _result(sums[kind, name], intervals[kind, name]) for kind, name in sorted(sums) if kind == key}
+        for key in STRATA
+    }
 
 
 def _counts(predicted: NDArray, truth: NDArray) -> NDArray[np.int64]:
@@ -60,10 +69,16 @@ def _counts(predicted: NDArray, truth: NDArray) -> NDArray[np.int64]:
     return confusion(predicted, truth, _COUNT).numpy()
 
 
-def _result(counts: NDArray) -> dict[str, Any]:
+def _result(counts: NDArray, interval: Interval | None) -> dict[str, Any]:
+    ranges = [None] * (len(NAMES) + 1) if interval is None else interval
+    return {"iou": named_iou(counts), "iou_95": dict(zip((*NAMES, "mean"), ranges, strict=True)), "confusion": counts.tolist()}
+
+
+def named_iou(counts: NDArray) -> dict[str, float | None]:
+    """IoU by class name and their mean, None where a class is nowhere."""
     values = iou(counts)
     named = {name: None if np.isnan(value) else float(value) for name, value in zip(NAMES, values, strict=True)}
-    return {"iou": {**named, "mean": None if np.isnan(values).all() else mean_iou(counts)}, "confusion": counts.tolist()}
+    return {**named, "mean": None if np.isnan(values).all() else mean_iou(counts)}
 
 
 def pair_files(predicted: Paths, truth: Paths) -> tuple[list[tuple[Path, Path]], dict[str, list[str]]]:
@@ -105,24 +120,26 @@ def mask_files(path: str | Path) -> list[Path]:
     return list_sources([path])
 
 
-def _maps(pairs: Iterable[tuple[Path, Path]]) -> Iterator[tuple[str, Grid, NDArray[np.uint8], NDArray[np.uint8]]]:
-    """Month ("01" … "12" or "unknown"), grid, prediction and truth (H, W) of every map."""
+def _maps(pairs: Iterable[tuple[Path, Path]]) -> Iterator[tuple[Any, str, Grid, NDArray[np.uint8], NDArray[np.uint8]]]:
+    """Time (None where unknown), a name of its own, grid, prediction and truth (H, W) of every map."""
     for ours, theirs in pairs:
-        predicted, truth = read_masks(ours), read_masks(theirs)
-        if not predicted.grid.same_as(truth.grid):
-            remedy = "Compare masks with the labels of the same files"
-            raise BadInput(f"{ours} and {theirs}", f"the grid of the truth, {_spoken(truth)}", _spoken(predicted), remedy)
-        for mine, its in _pair_times(predicted, truth):
-            time = predicted.times[mine] or truth.times[its]
-            yield f"{time.month:02d}" if time else "unknown", truth.grid, predicted.masks[mine], truth.masks[its]
+        with MaskSource(ours) as predicted, MaskSource(theirs) as truth:
+            if not predicted.axes.grid.same_as(truth.axes.grid):
+                remedy = "Compare masks with the labels of the same files"
+                raise BadInput(f"{ours} and {theirs}", f"the grid of the truth, {_spoken(truth)}", _spoken(predicted), remedy)
+            predicted.read_once()
+            truth.read_once()
+            for mine, its in _pair_times(predicted, truth):
+                time = predicted.times[mine] or truth.times[its]
+                yield time, f"{ours} {mine}", truth.axes.grid, predicted.read(mine), truth.read(its)
 
 
-def _spoken(masks: Masks) -> str:
-    grid = masks.grid
+def _spoken(masks: MaskSource) -> str:
+    grid = masks.axes.grid
     return f"{grid.shape[0]} × {grid.shape[1]} cells from {grid.lat[0]:g}N {grid.lon[0]:g}E"
 
 
-def _pair_times(predicted: Masks, truth: Masks) -> list[tuple[int, int]]:
+def _pair_times(predicted: MaskSource, truth: MaskSource) -> list[tuple[int, int]]:
     """Places of the same time in two files; by order where times are not known on both sides."""
     ours, theirs = [_key(time) for time in predicted.times], [_key(time) for time in truth.times]
     if None in ours or None in theirs:
@@ -130,12 +147,12 @@ def _pair_times(predicted: Masks, truth: Masks) -> list[tuple[int, int]]:
             return [(place, place) for place in range(len(ours))]
         got = f"{len(ours)} and {len(theirs)}"
         expected = "as many maps in both (their times are not known)"
-        raise BadInput(f"{predicted.source} and {truth.source}", expected, got, "Check the files")
+        raise BadInput(f"{predicted.path} and {truth.path}", expected, got, "Check the files")
     places = {time: place for place, time in enumerate(theirs)}
     pairs = [(place, places[time]) for place, time in enumerate(ours) if time in places]
     if not pairs:
         got = f"{predicted.times[0]} … and {truth.times[0]} …"
-        raise BadInput(f"{predicted.source} and {truth.source}", "maps of the same times", got, "Check that they belong together")
+        raise BadInput(f"{predicted.path} and {truth.path}", "maps of the same times", got, "Check that they belong together")
     return pairs
 
 
@@ -150,16 +167,21 @@ def hemispheres(grid: Grid) -> dict[str, NDArray[np.bool_]]:
     return {"north": lat > 0, "south": lat < 0}
 
 
-def regions(grid: Grid) -> dict[str, NDArray[np.bool_]]:
-    """Cells (H, W) of the climate zones and of the basins of tropical cyclones (WMO's, by latitude and longitude)."""
+def latitude_bands(grid: Grid) -> dict[str, NDArray[np.bool_]]:
+    """Cells (H, W) of the six bands of 30 degrees; a row on a border belongs to the band north of it, the pole to the last."""
+    lat = np.broadcast_to(grid.lat[:, None], grid.shape)
+    names = ("90S-60S", "60S-30S", "30S-0", "0-30N", "30N-60N", "60N-90N")
+    band = np.clip(np.floor((lat + 90.0) / 30.0), 0, len(names) - 1)
+    return {name: band == place for place, name in enumerate(names)}
+
+
+def basins(grid: Grid) -> dict[str, NDArray[np.bool_]]:
+    """Cells (H, W) of the basins of tropical cyclones (WMO's, by latitude and longitude, to 60 degrees)."""
     lat = np.broadcast_to(grid.lat[:, None], grid.shape)
     lon = np.broadcast_to(grid.lon[None, :], grid.shape)
     north, south = (lat > 0) & (lat <= 60), (lat < 0) & (lat >= -60)
     america = np.interp(lat, [8.0, 20.0], [283.0, 260.0])  # the land bridge between Pacific and Atlantic
     return {
-        "tropics": np.abs(lat) <= TROPICS_DEG,
-        "mid_latitudes": (np.abs(lat) > TROPICS_DEG) & (np.abs(lat) <= POLAR_DEG),
-        "polar": np.abs(lat) > POLAR_DEG,
         "north_atlantic": north & (lon >= america),
         "east_pacific": north & (lon >= 180) & (lon < america),
         "west_pacific": north & (lon >= 100) & (lon < 180),

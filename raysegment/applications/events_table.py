@@ -1,113 +1,132 @@
 """The objects of many masks as one table (Parquet and CSV), one row per object and time, tracks numbered.
 
-Columns: `file` (mask file), `time` (ISO, empty where unknown), `index` (place in the file), `track` (number of the storm
-or river within the table), then the fields of `climate.events.Event`: class, lat, lon (degrees), cells, area_km2,
-length_km, width_km, south, north, west, east (degrees; east may pass 360), min_psl_pa, max_wind_m_s, max_ivt_kg_m_s
-(empty without source fields) and land_share.
+Two passes, so that no archive is too long: the first reads one map at a time in the order of time, whatever the files, and
+writes rows with the branch of each object; when the last map has been read it is known which branches were one track, and
+the second pass writes the table from the rows, group after group.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import fields as dataclass_fields
+from contextlib import nullcontext
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
+import numpy as np
+from numpy.typing import NDArray
 
 from raysegment.applications.coast import land_share
-from raysegment.applications.evaluate import Paths, mask_files
-from raysegment.archive.files import committed
-from raysegment.archive.masks import MASK_SUFFIX, Masks, read_masks
-from raysegment.archive.snapshots import Source, list_sources, open_source
+from raysegment.applications.evaluate import NAMES, Paths, mask_files
+from raysegment.applications.mask_series import MaskSeries, Moment, by_time, list_moments
+from raysegment.applications.table_writer import RowFile, Table, write_table
+from raysegment.applications.weather_files import WeatherFiles
 from raysegment.climate.channels import CLASSES
 from raysegment.climate.checks import BadInput
-from raysegment.climate.events import Event, find_events, link_tracks
+from raysegment.climate.events import MapObject, find_objects
+from raysegment.climate.grid import Grid
+from raysegment.climate.linking import MAX_GAP_H, Linker, Tracks
+from raysegment.console import Report
 
-COLUMNS = ("file", "time", "index", "track", "class", *(field.name for field in dataclass_fields(Event) if field.name != "kind"))
+KM3_PER_KG = 1e-12
 
 
-def write_events(masks: Paths, out: str | Path, sources: Paths | None = None, min_area_km2: float = 0.0) -> dict[str, Any]:
-    """Objects of all masks → `out` with the endings .parquet and .csv; returns their paths and counts.
+def write_events(
+    masks: Paths,
+    out: str | Path,
+    fields: Paths | None = None,
+    min_area_km2: float = 0.0,
+    min_duration_h: float = 0.0,
+    report: Report | None = None,
+) -> dict[str, Any]:
+    """Objects of all masks → `out` with the endings .parquet, .csv and .tracks.csv; returns their paths and counts.
 
-    `sources` (files or folders, found by name) give positions and strengths from the fields.
+    `fields` (source files or folders, found by name, else by time) give positions and strengths. Tracks shorter than
+    `min_duration_h` are left out (the numbers of the others stay the same).
     """
-    table = events_table(masks, sources, min_area_km2)
+    if not (min_duration_h >= 0 and min_area_km2 >= 0):
+        raise BadInput("events", "limits of at least 0", f"{min_duration_h} h, {min_area_km2} km2", "Correct the options")
     base = Path(out)
     base = base.with_suffix("") if base.suffix in (".parquet", ".csv") else base
-    parquet, csv = base.with_name(base.name + ".parquet"), base.with_name(base.name + ".csv")
-    with committed(parquet) as temporary:
-        table.to_parquet(temporary, index=False)
-    with committed(csv) as temporary:
-        table.to_csv(temporary, index=False)
-    rows = list(zip(table["class"].tolist(), table["track"].tolist(), strict=True))
-    return {
-        "files": [str(parquet), str(csv)],
-        "snapshots": int(table.attrs["snapshots"]),
-        "events": {name: sum(kind == name for kind, _ in rows) for name in CLASSES[1:]},
-        "tracks": {name: len({track for kind, track in rows if kind == name}) for name in CLASSES[1:]},
-    }
-
-
-def events_table(masks: Paths, sources: Paths | None = None, min_area_km2: float = 0.0) -> pd.DataFrame:
-    """One row per object, with the columns of COLUMNS; `attrs["snapshots"]` counts the maps that were read."""
-    files = sorted({file for path in _each(masks) for file in mask_files(path)})
-    origins = {} if sources is None else {file.stem: file for file in list_sources(_each(sources))}
-    found: list[list[Event]] = []
-    about: list[dict[str, Any]] = []
-    times: list[Any] = []
-    land, grid = None, None
-    for path in files:
-        read = read_masks(path)
-        if grid is None or not grid.same_as(read.grid):
-            grid, land = read.grid, land_share(read.grid)
-        with _source(origins, read) as source:
-            for index, mask in enumerate(read.masks):
-                fields = None if source is None else source.read(index).fields
-                found.append(find_events(mask, read.grid, fields, land, min_area_km2))
-                times.append(read.times[index])
-                about.append({"file": path.name, "time": _iso(read.times[index]), "index": index})
-    tracks = _tracks(found, times)
-    rows = [
-        {**about[place], "track": track, **event.row()}
-        for place in range(len(found))
-        for event, track in zip(found[place], tracks[place], strict=True)
-    ]
-    table = pd.DataFrame(rows, columns=pd.Index(COLUMNS))
-    table.attrs["snapshots"] = len(found)
-    return table
+    moments = list_moments(sorted({file for path in _each(masks) for file in mask_files(path)}))
+    linker = Linker()
+    with RowFile(base) as rows:
+        for branch, row in _rows(moments, fields, linker, min_area_km2, report):
+            rows.add(branch, row)
+        tracks = linker.tracks()
+        table = write_table(rows, base, tracks, _calendar(moments), min_duration_h)
+    return {"files": [str(path) for path in table.files], "snapshots": len(moments), **_counts(table, tracks)}
 
 
 def _each(paths: Paths) -> Sequence[str | Path]:
     return [paths] if isinstance(paths, str | Path) else paths
 
 
-def _iso(time: Any) -> str:
-    return "" if time is None else time.isoformat()
+def _calendar(moments: Sequence[Moment]) -> str:
+    return next((moment.time.calendar for moment in moments if moment.time is not None), "standard")
 
 
-@contextmanager
-def _source(origins: dict[str, Path], read: Masks) -> Iterator[Source | None]:
-    """The open source file that masks belong to, or None when no sources were given."""
-    if not origins:
-        yield None
-        return
-    name = read.source.name.removesuffix(MASK_SUFFIX) if read.source.name.endswith(MASK_SUFFIX) else read.source.stem
-    if name not in origins:
-        expected = f"a source file {name}.nc among those given"
-        raise BadInput(read.source, expected, f"{len(origins)} others", "Give the archive of the masks")
-    with open_source(origins[name]) as source:
-        read.check_fits(source.axes.grid, source.count)
-        yield source
+def _rows(
+    moments: Sequence[Moment], fields: Paths | None, linker: Linker, min_area_km2: float, report: Report | None
+) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(branch, row) of every object, in the order of time; at the same time as in the order of files and of size."""
+    steps_h, done = step_hours(moments), 0
+    with MaskSeries() as series, WeatherFiles(_each(fields)) if fields else nullcontext() as weather:
+        land = _Land()
+        for together in by_time(moments):
+            found = [(moment, one) for moment in together for one in _objects(moment, series, weather, land, min_area_km2)]
+            branches = linker.step([one for _, one in found], together[0].hour)
+            for branch, (moment, one) in zip(branches, found, strict=True):
+                yield branch, {**_about(moment), **one.event.row(), "precip_km3": _km3(one, steps_h.get(moment.hour))}
+            done += len(together)
+            if report is not None:
+                report(done, len(moments))
 
 
-def _tracks(found: list[list[Event]], times: list[Any]) -> list[list[int]]:
-    """Track numbers in the order of the maps; time runs through all files, maps of unknown time link to nothing."""
-    known = [place for place, time in enumerate(times) if time is not None]
-    order = sorted(known, key=lambda place: times[place]) + [place for place, time in enumerate(times) if time is None]
-    linked = link_tracks([found[place] for place in order], [times[place] for place in order])
-    numbers: list[list[int]] = [[] for _ in found]
-    for place, tracks in zip(order, linked, strict=True):
-        numbers[place] = tracks
-    return numbers
+def _objects(
+    moment: Moment, series: MaskSeries, weather: WeatherFiles | None, land: _Land, min_area_km2: float
+) -> list[MapObject]:
+    mask, grid = series.read(moment)
+    maps = None if weather is None else weather.weather(moment.file, grid, moment.index, moment.time)
+    return find_objects(mask, grid, maps, land.on(grid), min_area_km2)
+
+
+class _Land:
+    """The share of land on each grid that comes along."""
+
+    def __init__(self) -> None:
+        self._shares: dict[int, NDArray] = {}
+
+    def on(self, grid: Grid) -> NDArray:
+        if id(grid) not in self._shares:
+            self._shares[id(grid)] = land_share(grid)
+        return self._shares[id(grid)]
+
+
+def _about(moment: Moment) -> dict[str, Any]:
+    return {
+        "file": moment.file.name,
+        "time": "" if moment.time is None else moment.time.isoformat(),
+        "hour": np.nan if moment.hour is None else moment.hour,
+        "index": moment.index,
+    }
+
+
+def _km3(found: MapObject, step_h: float | None) -> float | None:
+    """Water (km³) that falls out of an object until the next time."""
+    rate = found.event.precip_kg_s
+    return None if rate is None or step_h is None else rate * step_h * 3600.0 * KM3_PER_KG
+
+
+def step_hours(moments: Sequence[Moment]) -> dict[float | None, float]:
+    """Hours from each time to the next one (the last: from the one before), where that is no more than `MAX_GAP_H`."""
+    times = sorted({moment.hour for moment in moments if moment.hour is not None})
+    gaps = [later - earlier for earlier, later in pairwise(times)]
+    return {hour: gap for hour, gap in zip(times, [*gaps, *gaps[-1:]], strict=False) if gap <= MAX_GAP_H}
+
+
+def _counts(table: Table, tracks: Tracks) -> dict[str, Any]:
+    """Objects and tracks that the table holds, by class."""
+    objects = {name: table.objects[name] for name in CLASSES[1:]}
+    kept = {name: int(np.unique(tracks.number[sorted(table.branches[name])]).size) for name in CLASSES[1:]}
+    return {"objects": dict(zip(NAMES[1:], objects.values(), strict=True)), "events": objects, "tracks": kept}

@@ -6,25 +6,22 @@ A region of cyclone that holds several prominent pressure minima (`lows`) is as 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.optimize import linear_sum_assignment
 
 from raysegment.climate.channels import CLASSES, CYCLONE, INDEX, RIVER
 from raysegment.climate.cyclones import refined_minimum
-from raysegment.climate.grid import Grid, great_circle_km
+from raysegment.climate.grid import Grid
 from raysegment.climate.lows import split_cells
 from raysegment.climate.regions import Region, axis_km, cut_regions, label_regions, region_areas_km2
 from raysegment.climate.rivers import ivt_stand_in
 
-# The farthest an object's centre moves (km/h): TECA's 1600 km a day for cyclones; a river's centroid also moves as it
-# grows and breaks, and is given twice that.
-MAX_SPEED_KM_H = {CYCLONE: 1600.0 / 24.0, RIVER: 3200.0 / 24.0}
-MAX_GAP_H = 24.0  # a track survives this long without an object (TempestExtremes StitchNodes --maxgap 24h)
+PRECT_MM_H = 3.6e6  # mm/h in a m/s of water
+WATER_KG_M3 = 1000.0
+LAND_SHARE = 0.5  # a cell is land from this share on
 
 
 @dataclass(frozen=True)
@@ -32,8 +29,9 @@ class Event:
     """One object of a mask.
 
     Position: for a cyclone the pressure minimum within it where fields are given, otherwise the centroid on the sphere.
-    `west` to `east` runs eastward and may pass 360. Strengths are extremes within the object, None without fields;
-    `land_share` is the share of its area over land, None without a land map.
+    `west` to `east` runs eastward and may pass 360. Strengths are extremes or means by area within the object, None without
+    the field; `land_share` is the share of its area over land, `landfall` whether any of its cells is land (half of it at
+    least), None without a land map.
     """
 
     kind: int  # class: 1 cyclone, 2 river
@@ -49,8 +47,13 @@ class Event:
     east: float
     min_psl_pa: float | None = None
     max_wind_m_s: float | None = None  # lowest level
-    max_ivt_kg_m_s: float | None = None  # stand-in, 0.97 · TMQ · |V850|
+    max_ivt_kg_m_s: float | None = None  # the file's own, otherwise the stand-in 0.97 · TMQ · |V850|
     land_share: float | None = None
+    mean_ivt_kg_m_s: float | None = None
+    mean_precip_mm_h: float | None = None
+    max_precip_mm_h: float | None = None
+    precip_kg_s: float | None = None  # water that falls out of the object: rate · area
+    landfall: bool | None = None
 
     @property
     def name(self) -> str:
@@ -62,6 +65,38 @@ class Event:
         return {"class": self.name, **{key: value for key, value in asdict(self).items() if key != "kind"}}
 
 
+@dataclass(frozen=True, eq=False)
+class MapObject:
+    """An event with what links it to others: its `cells` (flat places in the map, ascending) on `grid`, and the centroid
+    (lat, lon) of its cells over land, None where there are none."""
+
+    event: Event
+    cells: NDArray[np.int64]
+    grid: Grid
+    land_place: tuple[float, float] | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Weather:
+    """The maps (H, W) that strengths are read from, None where there is none; NaN where a map has no value."""
+
+    psl_pa: NDArray | None = None
+    wind_m_s: NDArray | None = None
+    ivt_kg_m_s: NDArray | None = None
+    precip_m_s: NDArray | None = None
+
+    def __post_init__(self) -> None:
+        if self.psl_pa is not None and np.isnan(self.psl_pa).any():  # a search for minima must not meet NaN
+            object.__setattr__(self, "psl_pa", np.where(np.isnan(self.psl_pa), np.nanmax(self.psl_pa), self.psl_pa))
+
+    @classmethod
+    def of(cls, fields: NDArray, ivt_kg_m_s: NDArray | None = None) -> Weather:
+        """From `fields (16, H, W)`, and the true transport where there is one."""
+        wind_m_s = np.hypot(fields[INDEX["UBOT"]], fields[INDEX["VBOT"]])
+        ivt = ivt_stand_in(fields) if ivt_kg_m_s is None else ivt_kg_m_s
+        return cls(fields[INDEX["PSL"]], wind_m_s, ivt, fields[INDEX["PRECT"]])
+
+
 def find_events(
     mask: NDArray[np.uint8], grid: Grid, fields: NDArray | None = None, land: NDArray | None = None, min_area_km2: float = 0.0
 ) -> list[Event]:
@@ -69,19 +104,31 @@ def find_events(
 
     `fields (16, H, W)` give positions of cyclones and strengths, `land (H, W)` (0 sea to 1) the share over land.
     """
+    weather = None if fields is None else Weather.of(fields)
+    return [found.event for found in find_objects(mask, grid, weather, land, min_area_km2)]
+
+
+def find_objects(
+    mask: NDArray[np.uint8],
+    grid: Grid,
+    weather: Weather | None = None,
+    land: NDArray | None = None,
+    min_area_km2: float = 0.0,
+) -> list[MapObject]:
+    """The same, each with its cells."""
     assert mask.shape == grid.shape, (mask.shape, grid.shape)
-    measured = None if fields is None else _Strength(fields)
-    events = []
+    weather = Weather() if weather is None else weather
+    found = []
     for kind in (CYCLONE, RIVER):
         labels, count = label_regions(mask == kind, grid.periodic)
-        if kind == CYCLONE and measured is not None:
-            labels, count = split_storms(labels, count, measured.psl_pa, grid)
+        if kind == CYCLONE and weather.psl_pa is not None:
+            labels, count = split_storms(labels, count, weather.psl_pa, grid)
         areas = region_areas_km2(labels, count, grid)
         order = np.argsort(-areas, kind="stable")
         chosen = order[areas[order] >= min_area_km2] + 1
         for number, region in zip(chosen, cut_regions(labels, chosen), strict=True):
-            events.append(_event(kind, region, float(areas[number - 1]), grid, measured, land))
-    return events
+            found.append(_object(kind, region, float(areas[number - 1]), grid, weather, land))
+    return found
 
 
 def split_storms(labels: NDArray[np.int32], count: int, psl_pa: NDArray, grid: Grid) -> tuple[NDArray[np.int32], int]:
@@ -95,35 +142,59 @@ def split_storms(labels: NDArray[np.int32], count: int, psl_pa: NDArray, grid: G
     return labels, count
 
 
-class _Strength:
-    """The three maps (H, W) that strengths are read from."""
-
-    def __init__(self, fields: NDArray) -> None:
-        self.psl_pa = fields[INDEX["PSL"]]
-        self.wind_m_s = np.hypot(fields[INDEX["UBOT"]], fields[INDEX["VBOT"]])
-        self.ivt_kg_m_s = ivt_stand_in(fields)
-
-
-def _event(
-    kind: int, region: Region, area_km2: float, grid: Grid, measured: _Strength | None, land: NDArray | None
-) -> Event:
+def _object(kind: int, region: Region, area_km2: float, grid: Grid, weather: Weather, land: NDArray | None) -> MapObject:
     """What there is to say about one object."""
     cells = region.cells
     lat, lon = centroid(grid, cells)
-    if kind == CYCLONE and measured is not None:
-        lowest = int(measured.psl_pa[cells].argmin())
-        lat, lon = refined_minimum(measured.psl_pa, grid, int(cells[0][lowest]), int(cells[1][lowest]))
+    if kind == CYCLONE and weather.psl_pa is not None:
+        lowest = int(weather.psl_pa[cells].argmin())
+        lat, lon = refined_minimum(weather.psl_pa, grid, int(cells[0][lowest]), int(cells[1][lowest]))
     length_km = axis_km(region, grid)[0]
     west = float(grid.lon[region.cols[0]])
-    weights = grid.area_km2[cells[0], 0]
-    return Event(
+    event = Event(
         kind, lat, lon, cells[0].size, area_km2, length_km, area_km2 / length_km,
         float(grid.lat[region.rows[0]]), float(grid.lat[region.rows[-1]]), west, west + (region.cols.size - 1) * grid.dlon,
-        None if measured is None else float(measured.psl_pa[cells].min()),
-        None if measured is None else float(measured.wind_m_s[cells].max()),
-        None if measured is None else float(measured.ivt_kg_m_s[cells].max()),
-        None if land is None else float(np.average(land[cells], weights=weights)),
+        **_strengths(weather, cells, grid.area_km2[cells[0], 0]),
+        **_land(land, cells, grid.area_km2[cells[0], 0]),
     )  # fmt: skip
+    ashore = None if land is None else land[cells] >= LAND_SHARE
+    place = None if ashore is None or not ashore.any() else centroid(grid, (cells[0][ashore], cells[1][ashore]))
+    return MapObject(event, np.sort(cells[0].astype(np.int64) * grid.shape[1] + cells[1]), grid, place)
+
+
+def _strengths(weather: Weather, cells: tuple[NDArray, NDArray], area_km2: NDArray) -> dict[str, float]:
+    """Extremes and means of the maps there are, over the cells that have a value."""
+    found = {}
+    for name, field, how, factor in (
+        ("min_psl_pa", weather.psl_pa, np.min, 1.0),
+        ("max_wind_m_s", weather.wind_m_s, np.max, 1.0),
+        ("max_ivt_kg_m_s", weather.ivt_kg_m_s, np.max, 1.0),
+        ("max_precip_mm_h", weather.precip_m_s, np.max, PRECT_MM_H),
+    ):
+        values = np.empty(0) if field is None else field[cells][np.isfinite(field[cells])]
+        if values.size:
+            found[name] = float(how(values)) * factor
+    for name, field, factor in (
+        ("mean_ivt_kg_m_s", weather.ivt_kg_m_s, 1.0),
+        ("mean_precip_mm_h", weather.precip_m_s, PRECT_MM_H),
+        ("precip_kg_s", weather.precip_m_s, WATER_KG_M3 * 1e6 * float(area_km2.sum())),
+    ):
+        if field is not None and np.isfinite(field[cells]).any():
+            known = np.isfinite(field[cells])
+            found[name] = float(np.average(field[cells][known].astype(np.float64), weights=_weights(area_km2[known]))) * factor
+    return found
+
+
+def _land(land: NDArray | None, cells: tuple[NDArray, NDArray], area_km2: NDArray) -> dict[str, Any]:
+    if land is None:
+        return {}
+    share = float(np.average(land[cells], weights=_weights(area_km2)))
+    return {"land_share": share, "landfall": bool((land[cells] >= LAND_SHARE).any())}
+
+
+def _weights(area_km2: NDArray) -> NDArray:
+    """Areas as weights that are not all zero at a pole."""
+    return np.maximum(area_km2, 1e-9)
 
 
 def centroid(grid: Grid, cells: tuple[NDArray, NDArray]) -> tuple[float, float]:
@@ -133,59 +204,3 @@ def centroid(grid: Grid, cells: tuple[NDArray, NDArray]) -> tuple[float, float]:
     vectors = np.stack([np.cos(phi) * np.cos(lam), np.cos(phi) * np.sin(lam), np.sin(phi)])
     x, y, z = np.average(vectors, axis=1, weights=weights)
     return float(np.rad2deg(np.arctan2(z, np.hypot(x, y)))), float(np.rad2deg(np.arctan2(y, x)) % 360.0)
-
-
-def link_tracks(
-    events: Sequence[Sequence[Event]],
-    times: Sequence[Any],
-    max_speed_km_h: dict[int, float] | None = None,
-    max_gap_h: float = MAX_GAP_H,
-) -> list[list[int]]:
-    """Track number of every event, per time; the events of one storm share one.
-
-    `times` are hours, or date-times that differ by a timedelta, ascending; None (time unknown) links nothing. Between
-    times the pairing with the smallest total distance (as a share of what could be travelled) is taken among those
-    that exceed no `max_speed_km_h` (by class); a track without an object for longer than `max_gap_h` has ended.
-    """
-    assert len(events) == len(times), (len(events), len(times))
-    speeds = MAX_SPEED_KM_H if max_speed_km_h is None else max_speed_km_h
-    ends: dict[int, tuple[Event, Any]] = {}  # track → its last event and when
-    numbers: list[list[int]] = []
-    count = 0
-    for now, found in zip(times, events, strict=True):
-        ends = {track: end for track, end in ends.items() if _hours(end[1], now) <= max_gap_h}
-        links = _pair(found, ends, now, speeds)
-        row = []
-        for place, event in enumerate(found):
-            track = links.get(place, count)
-            count += track == count
-            row.append(track)
-            ends[track] = (event, now)
-        numbers.append(row)
-    return numbers
-
-
-def _hours(earlier: Any, later: Any) -> float:
-    """Hours between two times; infinite where one is unknown."""
-    if earlier is None or later is None:
-        return np.inf
-    gap = later - earlier
-    hours = gap.total_seconds() / 3600.0 if hasattr(gap, "total_seconds") else float(gap)
-    assert hours >= 0, f"times must ascend, got {earlier} before {later}"
-    return hours
-
-
-def _pair(found: Sequence[Event], ends: dict[int, tuple[Event, Any]], now: Any, speeds: dict[int, float]) -> dict[int, int]:
-    """Which event (by place) continues which track: smallest total distance among the possible pairs."""
-    if not found or not ends:
-        return {}
-    tracks = list(ends)
-    share = np.full((len(found), len(tracks)), np.inf)  # of the distance that could have been travelled
-    for column, track in enumerate(tracks):
-        last, when = ends[track]
-        for place, event in enumerate(found):
-            if event.kind == last.kind:
-                km = great_circle_km(event.lat, event.lon, last.lat, last.lon)
-                share[place, column] = km / max(speeds[event.kind] * _hours(when, now), 1e-9)
-    cost = np.where(share <= 1.0, share, 1e6)  # an impossible pair is never worth two possible ones
-    return {int(p): tracks[c] for p, c in zip(*linear_sum_assignment(cost), strict=True) if share[p, c] <= 1.0}
