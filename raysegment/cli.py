@@ -18,6 +18,7 @@ import numpy as np
 
 from raysegment import config
 from raysegment.applications.agreement import agreement
+from raysegment.applications.animation import draw_film, is_film
 from raysegment.applications.bench import BenchConfig, bench
 from raysegment.applications.bench_elastic import ElasticBenchConfig, bench_elastic
 from raysegment.applications.bench_elastic import lines as elastic_lines
@@ -30,19 +31,22 @@ from raysegment.applications.campaign import CampaignConfig, run_campaign
 from raysegment.applications.chaos import ChaosConfig, chaos
 from raysegment.applications.chaos import lines as chaos_lines
 from raysegment.applications.demo import DemoConfig, run_demo
+from raysegment.applications.densities import TABLES, draw_density
 from raysegment.applications.evaluate import evaluate
 from raysegment.applications.events_table import write_events
 from raysegment.applications.experiment import ExperimentConfig, run_experiment
 from raysegment.applications.hits import MAX_DISTANCE_KM, HitRules, count_hits
 from raysegment.applications.inspect_ import inspect
 from raysegment.applications.intervals import Bootstrap
-from raysegment.applications.pictures import draw_files, draw_occurrence
+from raysegment.applications.maps import PALETTES, STANDARD
+from raysegment.applications.pictures import draw_files
 from raysegment.applications.segment import SegmentConfig, segment
 from raysegment.applications.strikes import KINDS
 from raysegment.applications.synthesize import synthesize
 from raysegment.applications.table_writer import COLUMNS, TRACK_COLUMNS
 from raysegment.archive.places import Place
 from raysegment.climate.checks import BadInput
+from raysegment.climate.consensus import CONSENSUS
 from raysegment.climate.synthetic import SyntheticConfig
 from raysegment.console import Console, table
 from raysegment.elastic.train import Stopped, TrainConfig, train
@@ -183,13 +187,16 @@ def _stage_options(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--out", required=True, help="folder for the shards, or a URI (s3://bucket/shards)")
     sub.add_argument("--tile", help="rows x columns of a tile, e.g. 64x144 (default: whole maps)")
     sub.add_argument("--halo", type=int, default=0, help="cells on each side of a tile that its neighbours also have (default 0)")
+    what = "how the label maps of several people become one (default: each file's first map)"
+    sub.add_argument("--consensus", choices=CONSENSUS, help=f"{what}: the most votes, anybody's event, where all agree")
     sub.add_argument("--max-skipped", type=float, default=0.0, help="bad files allowed: share below 1 or number (default 0)")
 
 
 def _stage(options: argparse.Namespace, console: Console) -> dict[str, Any]:
     if options.halo < 0:
         raise BadInput("--halo", "0 or more cells", options.halo, "Write for example --halo 8.")
-    settings = StageConfig(tile=StageConfig.parse_tile(options.tile) if options.tile else None, halo=options.halo)
+    tile = StageConfig.parse_tile(options.tile) if options.tile else None
+    settings = StageConfig(tile=tile, halo=options.halo, consensus=options.consensus)
     with console.phase("stage") as report:
         result = stage(options.sources, options.masks, options.out, settings, options.max_skipped, report)
     print(f"{result.tiles} tiles of {result.snapshots} snapshots in {result.shards} shards: {result.out}")
@@ -371,21 +378,45 @@ def _events(options: argparse.Namespace, console: Console) -> dict[str, Any]:
 
 
 def _map_options(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument("source", type=Path, help="a source file; or a folder of masks, to draw how often each class occurs")
-    sub.add_argument("--masks", type=Path, nargs="*", default=[], help="mask files of it, drawn side by side")
+    often = "a folder of masks or a table of events: how often each class occurs"
+    sub.add_argument("source", nargs="+", help=f"a source file (for a film: files, folders or patterns); {often}")
+    sub.add_argument("--masks", type=Path, nargs="*", default=[], help="mask files or folders of it, drawn side by side")
     sub.add_argument("--tracks", type=Path, help="CSV of best-track storms to mark")
-    sub.add_argument("--field", default="TMQ", help="the channel to draw, or IVT (default TMQ)")
+    sub.add_argument("--field", default="TMQ", help="a channel, IVT, WIND or any map of the file by its own name (default TMQ)")
     sub.add_argument("--index", type=int, default=0, help="which time of the file (default 0)")
-    sub.add_argument("--out", type=Path, required=True, help="picture to write (.png, .pdf, .svg)")
+    sub.add_argument("--out", type=Path, required=True, help="picture (.png, .pdf, .svg), or film (.gif; .mp4 by ffmpeg)")
+    sub.add_argument("--colours", default=STANDARD, metavar="NAME", help=f"{' or '.join(PALETTES)} (default {STANDARD})")
+    sub.add_argument("--fps", type=float, default=4.0, help="pictures a second of a film (default 4)")
+    sub.add_argument("--every", type=int, default=1, help="of a film, only every N-th time (default 1)")
+    what = "also counts by month (seasonal cycle of both hemispheres) and year"
+    sub.add_argument("--density", action="store_true", help=f"how often each class occurs in masks or a table of events; {what}")
 
 
 def _map(options: argparse.Namespace, console: Console) -> dict[str, Any]:
-    if options.source.is_dir():
-        picture = draw_occurrence(options.source, options.out)
-    else:
-        picture = draw_files(options.source, options.masks, options.out, options.field, options.index, options.tracks)
-    print(picture)
-    return {"picture": picture}
+    result = _drawn(options, console)
+    print(result["picture"])
+    return result
+
+
+def _drawn(options: argparse.Namespace, console: Console) -> dict[str, Any]:
+    """A film, a map of densities or one picture, as the words say."""
+    first = options.source[0]
+    if options.density and is_film(options.out):
+        raise BadInput("--out", "a picture of densities (.png, .pdf, .svg)", options.out, "Leave out --density for a film")
+    if is_film(options.out):
+        with console.phase("film") as report:
+            sequence = options.field, options.colours, options.fps, options.every, report
+            picture, frames = draw_film(options.source, options.masks, options.out, *sequence)
+        return {"picture": picture, "frames": frames}
+    often = (Path(first).is_dir() and not options.masks) or Path(first).suffix in TABLES
+    if options.density or often:
+        with console.phase("density") as report:
+            return draw_density(options.masks or options.source, options.out, options.density, options.colours, report)
+    if len(options.source) > 1 or Path(first).is_dir():
+        remedy = "Name one file, or write a film: --out film.gif"
+        raise BadInput("map", "one source file for a picture", " ".join(options.source[:3]), remedy)
+    chosen = options.field, options.index, options.tracks
+    return {"picture": draw_files(first, options.masks, options.out, *chosen, colours=options.colours)}
 
 
 def _inspect_options(sub: argparse.ArgumentParser) -> None:
@@ -574,7 +605,7 @@ VERBS = (
          _evaluate_options, _evaluate),
     Verb("events", "the objects in masks as a table with tracks",
          "raysegment events masks --fields archive --out events", _events_options, _events),
-    Verb("map", "a picture of a field with masks and coast lines",
+    Verb("map", "a picture or film of a field with masks and coast lines; how often each class occurs, with --density",
          "raysegment map gfs.nc --masks masks/gfs.mask.nc --tracks storms.csv --out map.png", _map_options, _map),
     Verb("tune", "a hyperparameter campaign; run it again to resume",
          "raysegment tune tune/learning_rate.yaml", _tune_options, _tune),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import cftime
+import netCDF4
 import numpy as np
 from numpy.typing import NDArray
 
@@ -42,6 +43,17 @@ def write_archive(folder: Path, files: int, height: int = 16, width: int = 32, l
         paths.append(folder / f"data-2000-{1 + number // 28:02d}-{1 + number % 28:02d}-00-1.nc")
         write_climatenet(paths[-1], fields, Grid.global_(height, width), mask if labels else None, time)
     return paths
+
+
+def write_with_labellers(path: Path, maps: NDArray, seed: int = 0) -> Path:
+    """A ClimateNet file whose LABELS hold the maps `(labellers, H, W)` of several people."""
+    height, width = maps.shape[1:]
+    time = cftime.DatetimeNoLeap(2000, 1, 1 + seed)
+    write_climatenet(path, fields_and_mask(seed, height, width)[0], Grid.global_(height, width), None, time)
+    with netCDF4.Dataset(path, "a") as data:
+        data.createDimension("labeller", len(maps))
+        data.createVariable("LABELS", "i8", ("labeller", "lat", "lon"))[:] = maps
+    return path
 
 
 def write_shards_of_one(folder: Path, tiles: int) -> Path:

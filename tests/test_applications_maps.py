@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import netCDF4
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -9,13 +10,13 @@ from hypothesis import strategies as st
 from matplotlib import image
 
 from raysegment.applications.coast import coast_distance_km, land_share
+from raysegment.applications.drawable import Drawable
 from raysegment.applications.maps import (
     WORLD,
     Frame,
-    class_frequency,
-    draw_frequency,
+    Scene,
     draw_map,
-    field_of,
+    home,
     zoom_frames,
 )
 from raysegment.applications.pictures import draw_files
@@ -26,6 +27,7 @@ from raysegment.archive.snapshots import open_source, write_climatenet
 from raysegment.climate.channels import CYCLONE, INDEX, RIVER
 from raysegment.climate.checks import BadInput
 from raysegment.climate.grid import Grid
+from raysegment.climate.rivers import RIVER_PRESETS, detect_rivers, ivt_stand_in
 from raysegment.climate.rules import parse_rules
 from tests.helpers import real_data
 from tests.weather import add_stream, add_vortex, quiet
@@ -43,10 +45,10 @@ def pixels(path, red: bool) -> int:
 def test_classes_have_their_colours(tmp_path):
     field = quiet(GRID)[INDEX["TMQ"]]
     mask = np.zeros(GRID.shape, np.uint8)
-    empty = draw_map(tmp_path / "empty.png", field, GRID, {"nothing": mask}, "TMQ (kg m-2)", "empty")
+    empty = draw_map(tmp_path / "empty.png", Scene(field, GRID, {"nothing": mask}, "TMQ (kg m-2)", "empty"))
     mask[GRID.distance_km(17.0, 255.0) < 900.0] = CYCLONE
-    red = draw_map(tmp_path / "red.png", field, GRID, {"one": mask}, "TMQ (kg m-2)", "cyclone")
-    blue = draw_map(tmp_path / "blue.png", field, GRID, {"two": (mask * 2).astype(np.uint8)}, "TMQ (kg m-2)", "river")
+    red = draw_map(tmp_path / "red.png", Scene(field, GRID, {"one": mask}, "TMQ (kg m-2)", "cyclone"))
+    blue = draw_map(tmp_path / "blue.png", Scene(field, GRID, {"two": (mask * 2).astype(np.uint8)}, "TMQ (kg m-2)", "river"))
     assert image.imread(empty).shape[1] >= 1600
     assert pixels(red, True) > pixels(empty, True) + 2000
     assert abs(pixels(red, False) - pixels(empty, False)) < 500
@@ -58,11 +60,12 @@ def test_panels_for_every_labeller_and_group_of_storms(tmp_path):
     fields = quiet(GRID)
     add_vortex(fields, GRID, 17.0, 255.0)
     add_stream(fields, GRID, 42.0, 0.0)
-    field, label = field_of(fields, "IVT")
+    field = ivt_stand_in(fields)
     masks = {name: parse_rules(name).label(fields, GRID) for name in ("default", "teca+ivt")}
-    world = image.imread(draw_map(tmp_path / "w.png", field, GRID, masks, label, tracks=[STORM], zoom=False))
-    one = image.imread(draw_map(tmp_path / "z.png", field, GRID, masks, label, tracks=[STORM]))
-    two = image.imread(draw_map(tmp_path / "y.png", field, GRID, masks, label, tracks=[STORM, Storm("X", -15.0, 60.0)]))
+    world = image.imread(draw_map(tmp_path / "w.png", Scene(field, GRID, masks, tracks=[STORM]), zoom=False))
+    one = image.imread(draw_map(tmp_path / "z.png", Scene(field, GRID, masks, tracks=[STORM])))
+    storms = [STORM, Storm("X", -15.0, 60.0)]
+    two = image.imread(draw_map(tmp_path / "y.png", Scene(field, GRID, masks, tracks=storms)))
     assert world.shape[0] < one.shape[0] < two.shape[0]
     assert world.shape[1] == one.shape[1] == two.shape[1]
 
@@ -86,25 +89,6 @@ def test_near_storms_share_a_frame():
     assert len(zoom_frames(near)) == 2
 
 
-def test_frequency_of_classes(tmp_path):
-    masks = np.zeros((4, *GRID.shape), np.uint8)
-    masks[:3, 20, 5], masks[0, 25, 60] = RIVER, CYCLONE
-    for name, part in (("a", masks[:1]), ("b", masks[1:])):
-        write_masks(tmp_path / f"{name}.mask.nc", part, Axes.of(GRID), [None] * len(part), "test")
-    frequency, grid, count = class_frequency(tmp_path)
-    assert count == 4
-    assert grid.same_as(GRID)
-    assert frequency[RIVER, 20, 5] == 0.75
-    assert frequency[CYCLONE, 25, 60] == 0.25
-    assert np.allclose(frequency.sum(axis=0), 1.0)
-    picture = image.imread(draw_frequency(tmp_path / "f.png", frequency, grid, "how often", count))
-    assert picture.shape[1] >= 1600
-    other = Grid.global_(19, 36)
-    write_masks(tmp_path / "c.mask.nc", np.zeros((1, *other.shape), np.uint8), Axes.of(other), [None], "test")
-    with pytest.raises(BadInput, match="grid of"):
-        class_frequency(tmp_path)
-
-
 def test_land_is_where_it_is():
     grid = Grid.global_(181, 360)
     land = land_share(grid)
@@ -117,21 +101,64 @@ def test_land_is_where_it_is():
     assert distance_km[fine.nearest(45.0, 86.0)] < -1000
 
 
-def test_fields_by_name():
+def test_fields_by_name(tmp_path):
     fields = quiet(GRID)
     fields[INDEX["UBOT"]], fields[INDEX["VBOT"]] = 3.0, -4.0
-    assert field_of(fields, "WIND")[0] == pytest.approx(5.0)
-    assert field_of(fields, "PSL")[1] == "pressure at sea level (Pa)"
-    with pytest.raises(BadInput, match="IVT"):
-        field_of(fields, "SST")
+    fields[INDEX["U850"]], fields[INDEX["V850"]] = 0.0, 10.0
+    path = tmp_path / "data-2001-07-01-02-1.nc"
+    write_climatenet(path, fields, GRID, None)
+    with Drawable(path) as file:
+        assert file.read("WIND", 0)[0] == pytest.approx(5.0)
+        assert file.read("PSL", 0)[1] == "pressure at sea level (Pa)"
+        assert file.read("TMQ", 0)[1] == "total precipitable water (kg m⁻²)"
+        values, label = file.read("IVT", 0)
+        assert values == pytest.approx(0.97 * 15.0 * 10.0)
+        assert "0.97" in label
+        assert file.mask(0) is None
+        with pytest.raises(BadInput, match=r"holds: TMQ, U850.*got SST"):
+            file.read("SST", 0)
+
+
+def test_a_file_that_holds_little_else_than_its_vapour_transport(tmp_path):
+    path = tmp_path / "flux.nc"
+    with netCDF4.Dataset(path, "w") as data:
+        for name, values in (("lat", GRID.lat), ("lon", GRID.lon)):
+            data.createDimension(name, values.size)
+            data.createVariable(name, "f8", (name,))[:] = values
+        for name, value in (("viwve", 300.0), ("viwvn", -400.0), ("CAPE", 7.0)):
+            data.createVariable(name, "f4", ("lat", "lon"))[:] = np.full(GRID.shape, value)
+            data[name].units = "J kg**-1"
+        data.createVariable("empty", "f4", ("lat", "lon"))
+    with Drawable(path) as file:
+        assert file.read("IVT", 0)[0] == pytest.approx(500.0)
+        assert file.read("CAPE", 0)[1] == "CAPE (J kg⁻¹)"
+        for absent in ("TMQ", "WIND"):
+            with pytest.raises(BadInput, match=f"CAPE.*got {absent}"):
+                file.read(absent, 0)
+        with pytest.raises(BadInput, match="values of empty"):
+            file.read("empty", 0)
+
+
+def test_real_vapour_transport_with_rivers(tmp_path):
+    source = real_data("merra2_iwv_ivt_2017-02-28T00.nc")
+    with Drawable(source) as opened:
+        ivt, label = opened.read("IVT", 0)
+        mask = np.where(detect_rivers(None, opened.grid, RIVER_PRESETS["ivt"], ivt=ivt), RIVER, 0).astype(np.uint8)
+        axes = Axes.of(opened.grid)
+        write_masks(tmp_path / "m" / f"{source.stem}.mask.nc", mask[None], axes, opened.times, "rules:ivt")
+    assert 1000.0 < ivt.max() < 3000.0
+    assert label == "integrated vapour transport (kg m⁻¹ s⁻¹)"
+    picture = draw_files(source, [tmp_path / "m"], tmp_path / "map.png", "IVT")
+    assert pixels(picture, False) > 5000
 
 
 def test_regional_and_turned_grids_are_drawn(tmp_path):
     region = Grid(np.linspace(5.0, 30.0, 26), np.linspace(230.0, 279.0, 50))
     mask = np.where(region.distance_km(17.0, 255.0) < 400.0, CYCLONE, 0).astype(np.uint8)
     field = np.broadcast_to(region.lon, region.shape)
-    assert pixels(draw_map(tmp_path / "r.png", field, region, {"region": mask}, tracks=[STORM]), True) > 2000
-    assert Frame(20.0, 380.0, -90.0, 90.0) == WORLD
+    assert pixels(draw_map(tmp_path / "r.png", Scene(field, region, {"region": mask}, tracks=[STORM])), True) > 2000
+    assert home(GRID) == Frame(20.0, 380.0, -90.0, 90.0) == WORLD
+    assert home(region) == Frame(228.5, 280.5, 4.5, 30.5), "the region, not a world that is empty but for it"
 
 
 def test_a_file_with_masks_of_two_labellers(tmp_path):
@@ -145,6 +172,15 @@ def test_a_file_with_masks_of_two_labellers(tmp_path):
             paths.append(tmp_path / name / "data-2001-07-01-02-1.mask.nc")
             write_masks(paths[-1], parse_rules(name).label(fields, GRID)[None], opened.axes, opened.times, name)
     assert pixels(draw_files(source, paths, tmp_path / "map.png", "PSL"), True) > 500
+    safe = image.imread(draw_files(source, paths[:1], tmp_path / "safe.png", "PSL", colours="colour-blind"))
+    assert (np.abs(safe[..., :3] - np.array([213, 94, 0]) / 255).max(axis=-1) < 0.02).sum() > 50, "vermilion"
+    with pytest.raises(BadInput, match="standard, colour-blind"):
+        draw_files(source, paths, tmp_path / "none.png", colours="pink")
+    with pytest.raises(BadInput, match=r"ends in .png"):
+        draw_files(source, paths, tmp_path / "none.doc")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(BadInput, match="mask files"):
+        draw_files(source, [tmp_path / "empty"], tmp_path / "none.png")
     with pytest.raises(BadInput, match="index from 0 to 0"):
         draw_files(source, paths, tmp_path / "none.png", index=3)
     assert not (tmp_path / "none.png").exists()

@@ -16,13 +16,14 @@ from raysegment.archive.shards import Manifest, open_shards, quantise
 from raysegment.archive.snapshots import open_source, write_climatenet
 from raysegment.climate.channels import CHANNELS
 from raysegment.climate.checks import BadInput
+from raysegment.climate.consensus import CONSENSUS, merge_labels
 from raysegment.climate.grid import Grid
 from raysegment.feed import stage as module
 from raysegment.feed.pack import pack
 from raysegment.feed.part import make_part
 from raysegment.feed.stage import INSIDE, StageConfig, stage
 from raysegment.feed.tiling import Tiling
-from tests.small_archive import fields_and_mask, write_archive
+from tests.small_archive import fields_and_mask, write_archive, write_with_labellers
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("two_cpus")]
 
@@ -180,6 +181,27 @@ def test_masks_from_another_folder(archive, tmp_path):
     last.unlink()
     with pytest.raises(BadInput, match="no such file"):
         stage([archive], tmp_path / "m", tmp_path / "s")
+
+
+def test_the_maps_of_several_labellers_become_one_by_the_rule_that_was_asked_for(tmp_path):
+    (tmp_path / "a").mkdir()
+    maps = np.random.default_rng(7).integers(0, 3, (2, 3, 16, 32)).astype(np.uint8)
+    for number in range(2):
+        write_with_labellers(tmp_path / "a" / f"data-2000-01-0{number + 1}-00-1.nc", maps[number], number)
+    for rule in (*CONSENSUS, None):
+        report = stage([tmp_path / "a"], None, tmp_path / "s", StageConfig(consensus=rule))
+        expected = [maps[n][0] if rule is None else merge_labels(maps[n], rule) for n in range(2)]
+        shards = open_shards(tmp_path / "s")
+        for tile, mask in zip(shards, expected, strict=True):
+            np.testing.assert_array_equal(tile.mask, mask)
+        assert report.parts_reused == 0, "parts of another rule are made again"
+        assert report.class_counts == tuple(np.bincount(np.stack(expected).ravel(), minlength=3))
+        assert report.labels == shards.manifest.labels
+        assert shards.manifest.labels == (INSIDE if rule is None else f"{INSIDE} ({rule} of each file's labellers)")
+        assert report.source_bytes <= report.bytes_read
+    assert stage([tmp_path / "a"], None, tmp_path / "s").parts_reused == 1
+    with pytest.raises(BadInput, match="majority, any, all"):
+        StageConfig(consensus="most")
 
 
 @pytest.mark.parametrize("bad", [0, 3])

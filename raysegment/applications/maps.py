@@ -1,7 +1,7 @@
 """Pictures: a field with the cyclones (red) and rivers (blue) of one or several labellers, coast lines, best-track storms.
 
-A column per labeller; below the world, a row of zoomed panels for each group of storms. Also maps of how often each
-class occurs. matplotlib is imported only where something is drawn.
+A column per labeller; below the world, a row of zoomed panels for each group of storms. matplotlib is imported only where
+something is drawn.
 """
 
 from __future__ import annotations
@@ -15,27 +15,75 @@ import numpy as np
 from numpy.typing import NDArray
 
 from raysegment.applications.coast import coast_distance_km
-from raysegment.applications.evaluate import Paths, mask_files
 from raysegment.applications.tracks import Storm
 from raysegment.archive.files import committed
-from raysegment.archive.masks import read_masks
-from raysegment.climate.channels import BY_NAME, CYCLONE, INDEX, RIVER
+from raysegment.climate.channels import CYCLONE, RIVER
 from raysegment.climate.checks import BadInput
 from raysegment.climate.grid import Grid
-from raysegment.climate.rivers import ivt_stand_in
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-COLOURS = {CYCLONE: "#d7191c", RIVER: "#1f6fd6"}
 TITLES = {CYCLONE: "tropical cyclone", RIVER: "atmospheric river"}
-_WIDTH_IN, _DPI = 16.0, 110  # 1760 pixels across
+WIDTH_IN, DPI = 16.0, 110  # 1760 pixels across
 _WEST_DEG = 20.0  # the world is cut where it harms least: through Africa and eastern Europe
 _COAST_STRIDE, _ZOOM_COAST_STRIDE = 3, 1  # tenths of a degree
 _ZOOM_SIZE_DEG = (40.0, 20.0)  # smallest panel, longitude × latitude
 _ZOOM_MARGIN_DEG = 8.0
 _SMOOTH_DEG = 0.35  # coarser masks are outlined along their cells
+_COAST = "#5b4636"
+PICTURES = (".png", ".pdf", ".svg", ".jpg", ".jpeg", ".webp", ".tif", ".tiff")
+
+
+@dataclass(frozen=True)
+class Palette:
+    """Colours of both classes and, for maps of how often they occur, of their shades; `hatched` tells cyclones from rivers
+    without any colour."""
+
+    cyclone: str
+    river: str
+    shades: tuple[str, str]
+    hatched: bool = False
+
+    def of(self, kind: int) -> str:
+        return {CYCLONE: self.cyclone, RIVER: self.river}[kind]
+
+
+STANDARD = "standard"
+PALETTES = {
+    STANDARD: Palette("#d7191c", "#1f6fd6", ("Reds", "Blues")),  # red and blue as in the 2018 paper's figure
+    "colour-blind": Palette("#d55e00", "#0072b2", ("Oranges", "Blues"), hatched=True),  # Okabe and Ito 2008
+}
+
+
+def palette_of(name: str) -> Palette:
+    """A palette by name."""
+    if name not in PALETTES:
+        raise BadInput("--colours", ", ".join(PALETTES), name, "Choose one of those")
+    return PALETTES[name]
+
+
+@dataclass(frozen=True)
+class Scene:
+    """What one picture shows: a `field (H, W)` with masks (H, W), one column for each of `masks` (title → mask).
+
+    `label` names the field and its unit beside the colour bar, `stamp` says when it was. `tracks` marks best-track storms.
+    `limits` are the ends of the grey scale (from the field where not given). Without masks the field is drawn alone.
+    """
+
+    field: NDArray
+    grid: Grid
+    masks: Mapping[str, NDArray[np.uint8]]
+    label: str = ""
+    title: str = ""
+    stamp: str = ""
+    tracks: Sequence[Storm] = ()
+    limits: tuple[float, float] | None = None
+
+    def __post_init__(self) -> None:
+        for shape in (self.field.shape, *(mask.shape for mask in self.masks.values())):
+            assert shape == self.grid.shape, (shape, self.grid.shape)
 
 
 @dataclass(frozen=True)
@@ -55,45 +103,36 @@ class Frame:
 WORLD = Frame(_WEST_DEG, _WEST_DEG + 360.0, -90.0, 90.0)
 
 
-def field_of(fields: NDArray, name: str) -> tuple[NDArray, str]:
-    """A map (H, W) to draw and its label: one of the 16 channels, "IVT" (stand-in) or "WIND" (lowest level)."""
-    if name == "IVT":
-        return ivt_stand_in(fields), "vapour transport, TMQ · |V850| (kg m⁻¹ s⁻¹)"
-    if name == "WIND":
-        return np.hypot(fields[INDEX["UBOT"]], fields[INDEX["VBOT"]]), "wind of the lowest level (m s⁻¹)"
-    if name not in BY_NAME:
-        raise BadInput("field", f"IVT, WIND or one of {', '.join(BY_NAME)}", name, "Choose one of those")
-    return fields[INDEX[name]], f"{BY_NAME[name].long_name} ({BY_NAME[name].unit})"
+def draw_map(path: str | Path, scene: Scene, colours: str = STANDARD, zoom: bool = True) -> Path:
+    """The picture of a scene, written to `path`; with `zoom` every group of storms also gets a row of panels."""
+    figure = map_figure(scene, palette_of(colours), zoom=zoom)
+    return save_figure(figure, path)
 
 
-def draw_map(
-    path: str | Path,
-    field: NDArray,
-    grid: Grid,
-    masks: Mapping[str, NDArray[np.uint8]],
-    label: str = "",
-    title: str = "",
-    tracks: Sequence[Storm] = (),
-    zoom: bool = True,
-) -> Path:
-    """A field (H, W) with masks (H, W), one column for each of `masks` (title → mask), written to `path`.
-
-    `tracks` marks best-track storms; with `zoom` every group of them also gets a row of panels. `label` names the field
-    and its unit beside the colour bar.
-    """
-    pyplot = _pyplot()
-    assert masks, "nothing to draw"
-    for mask in masks.values():
-        assert mask.shape == field.shape == grid.shape, (mask.shape, field.shape, grid.shape)
-    frames = [WORLD, *(zoom_frames(tracks) if zoom else [])]
-    figure, panels = _panels(pyplot, len(frames), len(masks))
-    shades = None
-    for column, (name, mask) in enumerate(masks.items()):
+def map_figure(scene: Scene, palette: Palette, width_in: float = WIDTH_IN, zoom: bool = True) -> Figure:
+    """The same as an open figure, for the caller to save and close."""
+    pyplot = load_pyplot()
+    frames = [home(scene.grid), *(zoom_frames(scene.tracks) if zoom else [])]
+    columns = scene.masks or {"": np.zeros(scene.grid.shape, np.uint8)}
+    figure, panels = panels_of(pyplot, len(frames), len(columns), width_in)
+    limits, shades = scene.limits or shade_limits(scene.field), None
+    for column, (name, mask) in enumerate(columns.items()):
         for row, frame in enumerate(frames):
-            shades = _draw_panel(panels[row, column], frame, field, grid, mask, _limits(field), tracks)
-        panels[0, column].set_title(name, fontsize=13, loc="left", fontweight="bold")
-    _finish(figure, list(panels.values()), shades, label, title, _legend_handles(bool(tracks)))
-    return _save(pyplot, figure, path)
+            shades = _draw_panel(panels[row, column], frame, scene, mask, limits, palette)
+        panels[0, column].set_title(name, fontsize=12, loc="left", fontweight="bold")
+    panels[0, len(columns) - 1].set_title(scene.stamp, fontsize=12, loc="right")
+    _finish(figure, list(panels.values()), shades, scene, _legend_handles(palette, bool(scene.masks), bool(scene.tracks)))
+    return figure
+
+
+def home(grid: Grid) -> Frame:
+    """The frame of the whole map: the world, or for a map of a region the region, twice as wide as high."""
+    if grid.periodic or grid.lon.size * grid.dlon > 180.0:
+        return WORLD
+    west, east, south, north = grid.lon[0] - grid.dlon / 2, grid.lon[-1] + grid.dlon / 2, grid.lat[0], grid.lat[-1]
+    wide = max(east - west, 2.0 * (north - south + grid.dlat))
+    middle = float(np.clip((south + north) / 2, wide / 4 - 90.0, 90.0 - wide / 4))
+    return Frame((west + east - wide) / 2, (west + east + wide) / 2, middle - wide / 4, middle + wide / 4)
 
 
 def zoom_frames(tracks: Sequence[Storm]) -> list[Frame]:
@@ -135,7 +174,8 @@ def _merged(a: Frame, b: Frame) -> Frame:
     return _padded(west + shrink, east - shrink, min(south + shrink, north - shrink), max(south + shrink, north - shrink))
 
 
-def _pyplot() -> Any:
+def load_pyplot() -> Any:
+    """matplotlib, drawing without a screen."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -144,7 +184,7 @@ def _pyplot() -> Any:
     return pyplot
 
 
-def _panels(pyplot: Any, frames: int, masks: int) -> tuple[Figure, dict[tuple[int, int], Axes]]:
+def panels_of(pyplot: Any, frames: int, masks: int, width_in: float = WIDTH_IN) -> tuple[Figure, dict[tuple[int, int], Axes]]:
     """A figure and its axes by (frame, mask), all twice as wide as high: a row per frame and a column per mask.
 
     With a single mask the world takes the whole width and the zoomed frames share rows by two.
@@ -154,32 +194,33 @@ def _panels(pyplot: Any, frames: int, masks: int) -> tuple[Figure, dict[tuple[in
     if masks == 1 and frames > 1:
         zooms = [keys[frame, 0] for frame in range(1, frames)] + ["."] * ((frames - 1) % 2)
         places = [[keys[0, 0]] * 2, *([zooms[k], zooms[k + 1]] for k in range(0, len(zooms), 2))]
-    widths_in = [(_WIDTH_IN - 1.0) / len(set(row)) for row in places]
-    figure = pyplot.figure(figsize=(_WIDTH_IN, sum(w / 2 + 0.45 for w in widths_in) + 1.3), dpi=_DPI, layout="constrained")
+    widths_in = [(width_in - 1.0) / len(set(row)) for row in places]
+    figure = pyplot.figure(figsize=(width_in, sum(w / 2 + 0.45 for w in widths_in) + 1.3), dpi=DPI, layout="constrained")
     panels = figure.subplot_mosaic(places, height_ratios=widths_in)
     return figure, {place: panels[key] for place, key in keys.items()}
 
 
-def _limits(field: NDArray) -> tuple[float, float]:
+def shade_limits(field: NDArray) -> tuple[float, float]:
     """Range of the grey scale: up to what one cell in 300 exceeds."""
-    return float(field.min()), float(np.percentile(field, 99.7))
+    return float(np.nanmin(field)), float(np.nanpercentile(field, 99.7))
 
 
 def _draw_panel(
-    panel: Axes, frame: Frame, field: NDArray, grid: Grid, mask: NDArray, limits: tuple[float, float], tracks: Sequence[Storm]
+    panel: Axes, frame: Frame, scene: Scene, mask: NDArray, limits: tuple[float, float], palette: Palette
 ) -> Any:
     """Field in grey, coast, classes and storms in one frame; returns the image for the colour bar."""
-    columns, lon = _turned(grid, frame)
-    extent = (lon[0] - grid.dlon / 2, lon[-1] + grid.dlon / 2, grid.lat[0] - grid.dlat / 2, grid.lat[-1] + grid.dlat / 2)
+    grid = scene.grid
+    columns, lon = turned(grid, frame)
     shades = panel.imshow(
-        field[:, columns], extent=extent, origin="lower", cmap=_light_greys(), vmin=limits[0], vmax=limits[1],
+        scene.field[:, columns], extent=extent_of(grid, lon), origin="lower", cmap=_light_greys(), vmin=limits[0], vmax=limits[1],
         interpolation="bilinear", aspect="auto",
     )  # fmt: skip
-    _draw_coast(panel, frame)
+    draw_coast(panel, frame)
     for kind in (RIVER, CYCLONE):
-        _draw_class(panel, mask[:, columns] == kind, lon, grid, COLOURS[kind], frame)
-    _draw_storms(panel, frame, tracks)
-    _draw_axes(panel, frame)
+        hatch = "////" if palette.hatched and kind == CYCLONE else None
+        _draw_class(panel, mask[:, columns] == kind, lon, grid, palette.of(kind), frame, hatch)
+    _draw_storms(panel, frame, scene.tracks)
+    draw_axes(panel, frame)
     return shades
 
 
@@ -191,7 +232,7 @@ def _light_greys() -> Any:
     return ListedColormap(colormaps["Greys"](np.linspace(0.0, 0.62, 256)))
 
 
-def _turned(grid: Grid, frame: Frame) -> tuple[NDArray[np.intp], NDArray[np.float64]]:
+def turned(grid: Grid, frame: Frame) -> tuple[NDArray[np.intp], NDArray[np.float64]]:
     """Columns of the grid in the frame's order and their longitudes; a global grid is turned to begin at its west."""
     if not grid.periodic:
         turns = 360.0 * np.round((frame.west + frame.east - grid.lon[0] - grid.lon[-1]) / 720.0)
@@ -202,19 +243,27 @@ def _turned(grid: Grid, frame: Frame) -> tuple[NDArray[np.intp], NDArray[np.floa
     return order % grid.lon.size, first + (np.arange(order.size) - 1) * grid.dlon
 
 
-def _draw_coast(panel: Axes, frame: Frame) -> None:
+def extent_of(grid: Grid, lon: NDArray) -> tuple[float, float, float, float]:
+    """West, east, south and north edge of a map of `grid` with its columns at `lon`."""
+    return lon[0] - grid.dlon / 2, lon[-1] + grid.dlon / 2, grid.lat[0] - grid.dlat / 2, grid.lat[-1] + grid.dlat / 2
+
+
+def draw_coast(panel: Axes, frame: Frame) -> None:
+    """Coast lines in one frame."""
     stride = _COAST_STRIDE if frame.size[0] > 180 else _ZOOM_COAST_STRIDE
     grid, distance_km = coast_distance_km(stride)
-    columns, lon = _turned(grid, frame)
+    columns, lon = turned(grid, frame)
     rows = np.flatnonzero((grid.lat >= frame.south - 1) & (grid.lat <= frame.north + 1))
     near = (lon >= frame.west - 1) & (lon <= frame.east + 1)
     panel.contour(
-        lon[near], grid.lat[rows], distance_km[rows][:, columns[near]], levels=[0.0], colors="#5b4636",
+        lon[near], grid.lat[rows], distance_km[rows][:, columns[near]], levels=[0.0], colors=_COAST,
         linewidths=0.7 if frame.size[0] > 180 else 1.0,
     )  # fmt: skip
 
 
-def _draw_class(panel: Axes, inside: NDArray[np.bool_], lon: NDArray, grid: Grid, colour: str, frame: Frame) -> None:
+def _draw_class(
+    panel: Axes, inside: NDArray[np.bool_], lon: NDArray, grid: Grid, colour: str, frame: Frame, hatch: str | None = None
+) -> None:
     """Light fill and outline of a class; on coarse grids the outline follows the cells' edges."""
     rows = _near(inside.any(axis=1) & (grid.lat > frame.south - grid.dlat) & (grid.lat < frame.north + grid.dlat))
     cols = _near(inside.any(axis=0) & (lon > frame.west - grid.dlon) & (lon < frame.east + grid.dlon))
@@ -227,6 +276,8 @@ def _draw_class(panel: Axes, inside: NDArray[np.bool_], lon: NDArray, grid: Grid
     lats = (lat[:, None] + part * grid.dlat).ravel()
     lons = (lon[:, None] + part * grid.dlon).ravel()
     panel.contourf(lons, lats, fine, levels=[0.5, 1.5], colors=[colour], alpha=0.28)
+    if hatch:
+        panel.contourf(lons, lats, fine, levels=[0.5, 1.5], colors="none", hatches=[hatch]).set_edgecolor(colour)
     panel.contour(lons, lats, fine, levels=[0.5], colors=[colour], linewidths=1.1 if frame.size[0] > 180 else 1.8)
 
 
@@ -267,7 +318,7 @@ def _east(lon: float) -> str:
     return f"{text}°" if abs(lon) in (0.0, 180.0) else f"{text}°{'E' if lon > 0 else 'W'}"
 
 
-def _draw_axes(panel: Axes, frame: Frame) -> None:
+def draw_axes(panel: Axes, frame: Frame) -> None:
     """Frame, ticks in degrees, names of the axes."""
     step = next(s for s in (5, 10, 20, 30, 60) if frame.size[0] / s <= 8 or s == 60)
     lons = np.arange(np.ceil(frame.west / step) * step, frame.east + 1e-6, step)
@@ -280,68 +331,43 @@ def _draw_axes(panel: Axes, frame: Frame) -> None:
     panel.grid(color="0.6", linewidth=0.3, alpha=0.6)
 
 
-def _legend_handles(with_tracks: bool) -> list[Any]:
+def _legend_handles(palette: Palette, with_masks: bool, with_tracks: bool) -> list[Any]:
     """Handles of the legend."""
     from matplotlib.lines import Line2D
     from matplotlib.patches import Patch
 
-    handles: list[Any] = [Patch(facecolor=COLOURS[k] + "48", edgecolor=COLOURS[k], label=TITLES[k]) for k in (CYCLONE, RIVER)]
-    handles.append(Line2D([], [], color="#5b4636", linewidth=1.0, label="coast"))
+    kinds = (CYCLONE, RIVER) if with_masks else ()
+    handles: list[Any] = [Patch(facecolor=palette.of(k) + "48", edgecolor=palette.of(k), label=TITLES[k]) for k in kinds]
+    if palette.hatched and handles:
+        handles[0].set_hatch("////")
+    handles.append(Line2D([], [], color=_COAST, linewidth=1.0, label="coast"))
     if with_tracks:
         style: dict[str, Any] = {"linestyle": "", "markersize": 12, "color": "#ffd400", "markeredgecolor": "black"}
         handles.append(Line2D([], [], marker="*", label="best track", **style))
     return handles
 
 
-def _finish(figure: Figure, panels: list[Axes], shades: Any, label: str, title: str, handles: list[Any]) -> None:
+def _finish(figure: Figure, panels: list[Axes], shades: Any, scene: Scene, handles: list[Any]) -> None:
     style: dict[str, Any] = {"orientation": "horizontal", "shrink": 0.6, "aspect": 60, "pad": 0.01}
-    figure.colorbar(shades, ax=panels, extend="max", **style).set_label(label, fontsize=11)
-    if title:
-        figure.suptitle(title, fontsize=15)
+    figure.colorbar(shades, ax=panels, extend="max", **style).set_label(scene.label, fontsize=11)
+    if scene.title:
+        figure.suptitle(scene.title, fontsize=14)
     figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), fontsize=11, frameon=False)
 
 
-def _save(pyplot: Any, figure: Figure, path: str | Path) -> Path:
+def check_ending(path: str | Path, endings: Sequence[str] = PICTURES) -> None:
+    """Raise unless a picture of that name can be written."""
+    if Path(path).suffix.lower() not in endings:
+        raise BadInput("--out", f"a name that ends in {', '.join(endings)}", path, "Choose the ending of a picture")
+
+
+def save_figure(figure: Figure, path: str | Path) -> Path:
+    """Write a figure, whole or not at all, and close it."""
     path = Path(path)
-    with committed(path) as temporary:
-        figure.savefig(temporary, format=path.suffix.lstrip(".") or "png")
-    pyplot.close(figure)
+    try:
+        check_ending(path)
+        with committed(path) as temporary:
+            figure.savefig(temporary, format=path.suffix.lower().lstrip("."))
+    finally:
+        load_pyplot().close(figure)
     return path
-
-
-def class_frequency(masks: Paths) -> tuple[NDArray[np.float32], Grid, int]:
-    """Share of the maps in which each cell is of each class (3, H, W), their grid and number."""
-    total, grid, count, first = None, None, 0, None
-    for path in [masks] if isinstance(masks, str | Path) else masks:
-        for file in mask_files(path):
-            read = read_masks(file)
-            here = np.stack([(read.masks == kind).sum(axis=0) for kind in range(3)])
-            if grid is None or total is None:
-                total, grid, first = np.zeros(here.shape), read.grid, file
-            elif not grid.same_as(read.grid):
-                raise BadInput(file, f"the grid of {first}", f"{read.grid.shape}", "Draw masks of one grid at a time")
-            total, count = total + here, count + len(read.masks)
-    assert total is not None, masks
-    assert grid is not None, masks
-    return (total / count).astype(np.float32), grid, count
-
-
-def draw_frequency(path: str | Path, frequency: NDArray, grid: Grid, title: str = "", snapshots: int | None = None) -> Path:
-    """How often each class occurs (3, H, W) as two maps, cyclones and rivers, written to `path`."""
-    pyplot = _pyplot()
-    figure, panels = _panels(pyplot, 1, 2)
-    columns, lon = _turned(grid, WORLD)
-    extent = (lon[0] - grid.dlon / 2, lon[-1] + grid.dlon / 2, grid.lat[0] - grid.dlat / 2, grid.lat[-1] + grid.dlat / 2)
-    for panel, kind, colours in zip(panels.values(), (CYCLONE, RIVER), ("Reds", "Blues"), strict=True):
-        percent = 100.0 * frequency[kind][:, columns]
-        image = panel.imshow(
-            percent, extent=extent, origin="lower", cmap=colours, vmin=0, vmax=max(float(percent.max()), 1e-3), aspect="auto"
-        )  # fmt: skip
-        _draw_coast(panel, WORLD)
-        _draw_axes(panel, WORLD)
-        panel.set_title(TITLES[kind], fontsize=13, loc="left", fontweight="bold")
-        bar = figure.colorbar(image, ax=panel, orientation="horizontal", fraction=0.05, aspect=40, pad=0.02)
-        bar.set_label("share of time (%)" if snapshots is None else f"share of {snapshots} maps (%)")
-    if title:
-        figure.suptitle(title, fontsize=15)
-    return _save(pyplot, figure, path)

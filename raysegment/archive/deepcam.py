@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import h5py
@@ -88,9 +89,10 @@ class DeepcamFile:
         data = self._read(self._data)
         return np.ascontiguousarray(np.moveaxis(data, self._channel_axis, 0), np.float32)
 
-    def stored_bytes(self, label_map: int | None, fields: bool = True) -> int:
-        """Bytes that the file has for the fields, and for one label map where one is named."""
-        labels = [] if label_map is None else [self._file[self._label_names()[label_map]]]
+    def stored_bytes(self, label_maps: Sequence[int], fields: bool = True) -> int:
+        """Bytes that the file has for the fields and for the label maps named."""
+        names = self._label_names()
+        labels = [self._file[names[number]] for number in label_maps]
         return sum(data.id.get_storage_size() for data in [*([self._data] if fields else []), *labels])
 
     def label_maps(self) -> int:

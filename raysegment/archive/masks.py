@@ -16,7 +16,7 @@ from raysegment.archive.axes import Axes
 from raysegment.archive.deepcam import DeepcamFile, open_maps
 from raysegment.archive.files import committed
 from raysegment.archive.netcdf import LABELS, NetcdfFile
-from raysegment.archive.snapshots import checked_mask
+from raysegment.archive.snapshots import LabelMap, check_label_map, checked_mask, label_numbers, merged_labels
 from raysegment.climate.channels import CLASSES, CYCLONE, RIVER
 from raysegment.climate.checks import BadInput
 from raysegment.climate.grid import Grid
@@ -194,10 +194,11 @@ def _write_artmip(path: Path, masks: NDArray[np.uint8], axes: Axes, times: Seque
 class MaskSource:
     """The masks of a mask file, of a ClimateNet or DeepCAM source that holds labels, or of an ARTMIP tag file, one at a time.
 
-    A context manager. `labeller` is who made them.
+    A context manager. `labeller` is who made them. Of several label maps `label_map` takes one, or merges all by a rule of
+    `climate.consensus.CONSENSUS`.
     """
 
-    def __init__(self, path: str | Path, label_map: int = 0):
+    def __init__(self, path: str | Path, label_map: LabelMap = 0):
         self.path, self._label_map = Path(path), label_map
         self._file = open_maps(path)
         try:
@@ -228,7 +229,7 @@ class MaskSource:
     @property
     def labeller(self) -> str:
         if isinstance(self._file, DeepcamFile):
-            return f"{self.path.name}: labels_{self._label_map}"
+            return f"{self.path.name}: {f'labels_{self._label_map}' if isinstance(self._label_map, int) else self._label_map}"
         return self._file.attribute("labeller") or f"{self.path.name}: {self._name}"
 
     def check_fits(self, grid: Grid, count: int) -> None:
@@ -238,19 +239,16 @@ class MaskSource:
     def read_once(self, memory_mib: float = 64.0) -> int:
         """From now on `read`, in ascending order, reads each stored byte once; how many the file has comes out."""
         if isinstance(self._file, DeepcamFile):
-            return self._file.stored_bytes(self._label_map, fields=False)
-        number = 0 if self._name in TAGS else self._label_map
-        return self._file.read_once([self._file.label_place(number, self._name)], int(memory_mib * 2**20))
+            return self._file.stored_bytes(label_numbers(self._label_map, self._file.label_maps()), fields=False)
+        numbers = (0,) if self._name in TAGS else label_numbers(self._label_map, self._file.label_maps())
+        places = [self._file.label_place(number, self._name) for number in numbers]
+        return self._file.read_once(places, int(memory_mib * 2**20))
 
     def read(self, index: int) -> NDArray[np.uint8]:
         """Mask (H, W) of one time, canonical, checked."""
-        if isinstance(self._file, DeepcamFile):
-            labels = self._file.labels(index, self._label_map)
-        elif self._name in TAGS:
-            labels = TAGS[self._name] * _tag(self._file, self._name, index)
-        else:
-            labels = self._file.labels(index, self._label_map)
-        return checked_mask(self.path, labels, self.axes.grid.shape)
+        if isinstance(self._file, NetcdfFile) and self._name in TAGS:
+            return TAGS[self._name] * _tag(self._file, self._name, index)
+        return merged_labels(self.path, self._file, index, self._label_map)
 
     def _find(self) -> str:
         """The variable with the masks; a tag file's ones become their class."""
@@ -264,12 +262,11 @@ class MaskSource:
         return tag
 
     def _check_label_map(self) -> None:
-        have = self._file.label_maps()
-        if self._name == LABELS and self._label_map >= have:
-            raise BadInput(self.path, f"a label map below {have}", f"label map {self._label_map}", "Choose another label map")
+        if self._name == LABELS:
+            check_label_map(self.path, self._label_map, self._file.label_maps())
 
 
-def read_masks(path: str | Path, label_map: int = 0) -> Masks:
+def read_masks(path: str | Path, label_map: LabelMap = 0) -> Masks:
     """All masks of a file that `MaskSource` reads."""
     with MaskSource(path, label_map) as source:
         source.read_once()

@@ -20,12 +20,14 @@ from raysegment.archive.files import committed
 from raysegment.archive.netcdf import LABELS, NetcdfFile
 from raysegment.climate.channels import CHANNELS, CLASSES, GRAVITY_M_S2, INDEX, NAMES, Alias, Channel
 from raysegment.climate.checks import BadInput
+from raysegment.climate.consensus import CONSENSUS, merge_labels
 from raysegment.climate.grid import Grid
 
 LAYOUTS = ("climatenet", "cam", "deepcam", "cf")
 SUFFIXES = (".nc", ".nc4", ".cdf", ".netcdf", ".h5", ".hdf5")
 _NOT_SOURCES = (".mask.nc", ".artmip.nc")  # what this project writes beside sources
 _NOT_SAMPLES = ("stats.h5",)  # DeepCAM keeps its statistics in the same folder
+LabelMap = int | str  # one of several label maps by number, or how they become one: a rule of CONSENSUS
 _PER_GRAVITY = 1.0 / GRAVITY_M_S2
 OROGRAPHY = Channel("PHIS_M", "m", "height of the surface", -600.0, 9000.0, 0.0, 1000.0, (
     Alias("PHIS", "CAM", "m2 s-2", factor=_PER_GRAVITY), Alias("orog", "CMIP6", "m"), Alias("orography", "GFS", "m"),
@@ -91,7 +93,7 @@ class Source:
     side opens the file anew.
     """
 
-    def __init__(self, path: str | Path, below_ground: bool = True, label_map: int = 0):
+    def __init__(self, path: str | Path, below_ground: bool = True, label_map: LabelMap = 0):
         self.path, self.below_ground, self.label_map = Path(path), below_ground, label_map
         self._with_masks, self._spare = True, None
         self._file = open_maps(path)
@@ -170,16 +172,16 @@ class Source:
         Without `masks` the labels inside the file are left alone. How many bytes the file has for all that comes out.
         """
         self._with_masks = masks
-        labels = self.label_map if masks and self.has_mask else None
+        labels = label_numbers(self.label_map, self._label_maps) if masks else ()
         if isinstance(self._file, DeepcamFile):
             return self._file.stored_bytes(labels)
         places = {self._file.place(recipe.variable, recipe.level) for recipe in self._recipes()}
-        places |= set() if labels is None else {self._file.label_place(labels)}
+        places |= {self._file.label_place(number) for number in labels}
         return self._file.read_once(places, int(memory_mib * 2**20))
 
     def read_mask(self, index: int) -> NDArray[np.uint8]:
         """Mask (H, W) of snapshot `index`, canonical, checked; without reading the fields."""
-        return checked_mask(self.path, self._file.labels(index, self.label_map))
+        return merged_labels(self.path, self._file, index, self.label_map)
 
     def describe(self) -> Mapping[str, str]:
         """Where each channel comes from: the variable's name, with its level and conversion, or the rule."""
@@ -190,9 +192,8 @@ class Source:
         return {name: _spoken(recipes[name]) if name in recipes else rules[name] for name in NAMES}
 
     def _check_label_map(self) -> None:
-        if self.label_map and self.label_map >= self._label_maps:
-            got = f"label map {self.label_map}"
-            raise BadInput(self.path, f"a label map below {self._label_maps}", got, "Choose another label map")
+        if self.label_map:
+            check_label_map(self.path, self.label_map, self._label_maps)
 
     def _layout(self) -> str:
         if self._plan is None:
@@ -249,14 +250,33 @@ class Source:
         return height_m
 
 
-def open_source(path: str | Path, below_ground: bool = True, label_map: int = 0) -> Source:
+def open_source(path: str | Path, below_ground: bool = True, label_map: LabelMap = 0) -> Source:
     """The archive file at `path`, of any layout, its channels found, its axes and times checked; BadInput otherwise.
 
     `below_ground` applies `ground.apply_below_ground` to archives that extrapolate pressure levels below the ground
     (layout "cf"; CAM-made files follow the rule already). `label_map` chooses among several label maps per time
-    (several people, or DeepCAM's `labels_0` and `labels_1`).
+    (several people, or DeepCAM's `labels_0` and `labels_1`), or is the rule by which they become one (CONSENSUS).
     """
     return Source(path, below_ground, label_map)
+
+
+def check_label_map(path: str | Path, label_map: LabelMap, have: int) -> None:
+    """Raise unless `label_map` is the number of one of the `have` label maps of a file, or a rule to merge them."""
+    if label_map not in CONSENSUS and not (isinstance(label_map, int) and 0 <= label_map < have):
+        expected = f"a label map below {have}, or {', '.join(CONSENSUS)}"
+        raise BadInput(path, expected, f"label map {label_map}", "Choose another label map")
+
+
+def label_numbers(label_map: LabelMap, have: int) -> tuple[int, ...]:
+    """Which of the `have` label maps of a file are read: one, or all where they are merged."""
+    return (label_map,) if isinstance(label_map, int) and have else tuple(range(have))
+
+
+def merged_labels(path: Path, file: NetcdfFile | DeepcamFile, index: int, label_map: LabelMap) -> NDArray[np.uint8]:
+    """Mask (H, W) of time `index`: one label map of the file, or all of them by a rule of CONSENSUS; each checked."""
+    numbers = label_numbers(label_map, file.label_maps())
+    maps = [checked_mask(path, file.labels(index, number), file.axes.grid.shape) for number in numbers]
+    return maps[0] if isinstance(label_map, int) else merge_labels(np.stack(maps), label_map)
 
 
 def read_variables(path: str | Path, names: Sequence[str], index: int = 0) -> dict[str, NDArray[np.float64]]:

@@ -58,6 +58,7 @@ class Job:
     halo: int
     memory_mib: float
     out: str
+    consensus: str | None = None
 
     @property
     def name(self) -> str:
@@ -89,6 +90,7 @@ class Job:
         """SHA-256 over the settings and over name, size and time of change of every file that is read."""
         files = [_fingerprint(file) for item in self.items for file in (item.path, item.mask) if file]
         content = [_VERSION, [item.name for item in self.items], files, self.lat, self.lon, self.tile, self.halo]
+        content += [] if self.consensus is None else [self.consensus]
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
     def to_json(self) -> str:
@@ -222,15 +224,17 @@ class _Reading:
 
     def _snapshots(self, item: Item) -> Iterator[tuple[Snapshot, NDArray[np.uint8]]]:
         with ExitStack() as files:
-            source = files.enter_context(open_source(item.path))
+            rule = self.job.consensus
+            source = files.enter_context(open_source(item.path, label_map=rule or 0))
             _check_grid(item, source, self.job.grid)
-            masks = _masks_of(item, source)
+            masks = _masks_of(item, source, rule)
             if masks is not None:
                 files.enter_context(masks)
                 _check_masks(item, masks, source)
                 self.source_bytes += masks.read_once(self.job.memory_mib / 16)
             self.source_bytes += source.read_once(self.job.memory_mib, masks is None)
-            self.labels.add(INSIDE if masks is None else masks.labeller)
+            labeller = INSIDE if masks is None else masks.labeller
+            self.labels.add(labeller if rule is None else f"{labeller} ({rule} of each file's labellers)")
             for snapshot in source.snapshots(into=self._fields):
                 mask = snapshot.mask if masks is None else masks.read(snapshot.index)
                 assert mask is not None
@@ -245,7 +249,7 @@ def _check_grid(item: Item, source: Source, grid: Grid) -> None:
         raise BadInput(item.path, expected, got, "Stage files of different grids into folders of their own.")
 
 
-def _masks_of(item: Item, source: Source) -> MaskSource | None:
+def _masks_of(item: Item, source: Source, consensus: str | None) -> MaskSource | None:
     """The masks of a source file, None when they are inside it; BadInput when there are none."""
     if item.mask is None:
         if not source.has_mask:
@@ -253,7 +257,7 @@ def _masks_of(item: Item, source: Source) -> MaskSource | None:
         return None
     if not Path(item.mask).exists():
         raise BadInput(item.mask, f"the masks of {item.name}", "no such file", "Label it with `raysegment segment` first.")
-    return MaskSource(item.mask)
+    return MaskSource(item.mask, consensus or 0)
 
 
 def _check_masks(item: Item, masks: MaskSource, source: Source) -> None:

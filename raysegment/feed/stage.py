@@ -42,6 +42,7 @@ from raysegment.archive.skipped import SKIPPED, Skipped, allowed, check_budget, 
 from raysegment.archive.snapshots import list_sources, open_source
 from raysegment.climate.channels import NAMES
 from raysegment.climate.checks import BadInput
+from raysegment.climate.consensus import CONSENSUS
 from raysegment.climate.grid import Grid
 from raysegment.feed.part import INSIDE as INSIDE
 from raysegment.feed.part import PARTS, Item, Job, Result, made_before, make_part
@@ -57,7 +58,8 @@ class StageConfig:
     """How an archive is cut: `tile` (rows, columns) or None for whole maps, `halo` cells of it shared with neighbours.
 
     `shard_mib` is a shard's size to aim for; `files_per_part` bounds how many source files one task reads; `memory_mib`
-    bounds what one task keeps in memory of maps that it had to read together with others.
+    bounds what one task keeps in memory of maps that it had to read together with others. `consensus` is the rule by which
+    the label maps of several people become one (`climate.consensus`); without it the first map of a file counts.
     """
 
     tile: tuple[int, int] | None = None
@@ -65,6 +67,7 @@ class StageConfig:
     files_per_part: int = 8
     halo: int = 0
     memory_mib: float = 1024.0
+    consensus: str | None = None
 
     def __post_init__(self) -> None:
         if self.tile is not None and (len(self.tile) != 2 or min(self.tile) < 1):
@@ -73,6 +76,8 @@ class StageConfig:
             raise ValueError(f"expected a positive shard_mib and files_per_part, got {self.shard_mib} and {self.files_per_part}")
         if self.halo < 0 or self.memory_mib < 0:
             raise ValueError(f"expected halo and memory_mib of 0 or more, got {self.halo} and {self.memory_mib}")
+        if self.consensus is not None and self.consensus not in CONSENSUS:
+            raise BadInput("--consensus", ", ".join(CONSENSUS), self.consensus, "Choose one of those")
 
     @staticmethod
     def parse_tile(text: str, option: str = "--tile") -> tuple[int, int]:
@@ -102,6 +107,7 @@ class StageReport:
     read_ratio: float
     seconds: float
     parts_reused: int
+    labels: str
     class_counts: tuple[int, ...]
     skipped: tuple[Skipped, ...]
 
@@ -133,7 +139,7 @@ def stage(
     return StageReport(
         str(place), manifest.tiles, manifest.snapshots, len(manifest.shards), len(items), needed, read + meter.bytes_read,
         (read + meter.bytes_read) / needed if needed else 0.0, time.monotonic() - started,
-        sum(result.reused for result in results), manifest.class_counts, _skipped(results),
+        sum(result.reused for result in results), manifest.labels, manifest.class_counts, _skipped(results),
     )  # fmt: skip
 
 
@@ -184,7 +190,7 @@ def _jobs(items: list[Item], grid: Grid, config: StageConfig, snapshots: int, pl
     size = max(1, min(config.files_per_part, round(config.shard_mib / file_mib)))
     lat, lon = tuple(grid.lat.tolist()), tuple(grid.lon.tolist())
     groups = [tuple(items[start : start + size]) for start in range(0, len(items), size)]
-    made = config.tile, config.halo, config.memory_mib, place.text
+    made = config.tile, config.halo, config.memory_mib, place.text, config.consensus
     return [Job(number, group, lat, lon, *made) for number, group in enumerate(groups)]
 
 
