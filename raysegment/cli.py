@@ -39,6 +39,7 @@ from raysegment.applications.hits import MAX_DISTANCE_KM, HitRules, count_hits
 from raysegment.applications.inspect_ import inspect
 from raysegment.applications.intervals import Bootstrap
 from raysegment.applications.maps import PALETTES, STANDARD
+from raysegment.applications.mask_layout import LAYOUTS
 from raysegment.applications.pictures import draw_files
 from raysegment.applications.segment import SegmentConfig, segment
 from raysegment.applications.strikes import KINDS
@@ -164,7 +165,10 @@ def _synthesize(options: argparse.Namespace, console: Console) -> dict[str, Any]
 def _segment_options(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("sources", nargs="+", help="archive files, folders or patterns")
     sub.add_argument("--labeller", required=True, help="rules:PRESET (rules:default), or the folder of a checkpoint or run")
-    sub.add_argument("--out", type=Path, required=True, help="folder for the masks, one file per source file")
+    sub.add_argument("--out", type=Path, required=True, help="folder for the masks")
+    what = "what shares a mask file: a source file, or a day, month or year of the archive's calendar"
+    sub.add_argument("--layout", default="source", choices=LAYOUTS, help=f"{what} (default: source)")
+    sub.add_argument("--tile", help="rows x columns of the pieces in which a network labels large maps, e.g. 512x1024")
     sub.add_argument("--max-skipped", type=float, default=0.01, help="bad files allowed: share below 1 or number (default 0.01)")
     sub.add_argument("--probabilities", action="store_true", help="also write the class probabilities of a network")
     sub.add_argument("--artmip", action="store_true", help="also write ar_binary_tag files")
@@ -172,13 +176,21 @@ def _segment_options(sub: argparse.ArgumentParser) -> None:
 
 
 def _segment(options: argparse.Namespace, console: Console) -> dict[str, Any]:
-    settings = SegmentConfig(options.max_skipped, options.probabilities, options.artmip, options.processes)
+    tile = StageConfig.parse_tile(options.tile) if options.tile else None
+    settings = SegmentConfig(
+        options.max_skipped, options.probabilities, options.artmip, options.processes, options.layout, tile
+    )
+    started = time.perf_counter()
     with console.phase("segment") as report:
         result = segment(options.sources, options.labeller, options.out, settings, report)
     counts = f"{len(result.written)} mask files written, {len(result.complete)} were complete, {len(result.skipped)} skipped"
     print(f"{counts}: {options.out}")
-    return {"written": len(result.written), "complete": len(result.complete), "skipped": len(result.skipped),
-            "snapshots": result.snapshots, "out": options.out}  # fmt: skip
+    each = result.seconds_per_snapshot
+    if each is not None:
+        print(f"{result.snapshots} snapshots, {each:.2f} s each in one process")
+    return {"files": len(result.written) + len(result.complete), "written": len(result.written),
+            "complete": len(result.complete), "skipped": len(result.skipped), "snapshots": result.snapshots,
+            "seconds": time.perf_counter() - started, "seconds_per_snapshot": each, "out": options.out}  # fmt: skip
 
 
 def _stage_options(sub: argparse.ArgumentParser) -> None:

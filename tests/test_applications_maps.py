@@ -127,7 +127,7 @@ def test_a_file_that_holds_little_else_than_its_vapour_transport(tmp_path):
             data.createVariable(name, "f8", (name,))[:] = values
         for name, value in (("viwve", 300.0), ("viwvn", -400.0), ("CAPE", 7.0)):
             data.createVariable(name, "f4", ("lat", "lon"))[:] = np.full(GRID.shape, value)
-            data[name].units = "J kg**-1"
+            data[name].units = "J kg**-1" if name == "CAPE" else "kg m**-1 s**-1"
         data.createVariable("empty", "f4", ("lat", "lon"))
     with Drawable(path) as file:
         assert file.read("IVT", 0)[0] == pytest.approx(500.0)

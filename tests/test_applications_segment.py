@@ -40,7 +40,8 @@ def test_synthesize_keeps_what_is_there(archive: Path) -> None:
 def test_masks_equal_the_labeller_and_a_second_run_skips_them(archive: Path, tmp_path: Path) -> None:
     report = segment([archive], "rules:default", tmp_path / "masks")
     assert (len(report.written), report.snapshots, report.skipped) == (5, 5, [])
-    for path in report.written:
+    assert sorted(report.written) == sorted((tmp_path / "masks").glob("*.nc"))
+    for path in archive.iterdir():
         with open_source(path) as source:
             snapshot = source.read(0)
         expected = parse_rules("rules:default").label(snapshot.fields, snapshot.grid)

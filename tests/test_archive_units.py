@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from raysegment.archive.aliases import Recipe, Variable, plan
+from raysegment.archive.aliases import Recipe, Variable, demand, plan
 from raysegment.archive.units import conversion, parse
 from raysegment.climate.channels import GRAVITY_M_S2, NAMES
 from raysegment.climate.checks import BadInput
@@ -95,11 +95,13 @@ def test_names_are_told_apart_by_case_and_levels():
     assert (recipes["TS"].variable, recipes["PS"].variable) == ("ts", "ps")
     flat = without("T500") | {"t": Variable("t", "K")}
     with pytest.raises(BadInput, match="none for T500"):
-        plan(PATH, flat)
+        demand(PATH, plan(PATH, flat), flat)
     deep = without("T500") | {"t": Variable("t", "K", True, (850.0, 500.0))}
     assert plan(PATH, deep).recipes["T500"].level == 1
+    elsewhere = without("T500") | {"t": Variable("t", "K", True, (850.0, 700.0))}
     with pytest.raises(BadInput, match=r"none for T500 \(the file has t at 850, 700 hPa"):
-        plan(PATH, without("T500") | {"t": Variable("t", "K", True, (850.0, 700.0))})
+        demand(PATH, plan(PATH, elsewhere), elsewhere)
+    demand(PATH, plan(PATH, elsewhere), elsewhere, {"TMQ", "T200"})
 
 
 def test_both_components_of_a_wind_come_from_one_level():
@@ -115,6 +117,22 @@ def test_what_is_derived_is_not_missed_and_what_is_missing_is_named():
     assert derived.zbot
     assert derived.dewpoint is not None
     with pytest.raises(BadInput) as caught:
-        plan(PATH, without("ZBOT", "QREFHT", "T200"))
+        demand(PATH, plan(PATH, without("ZBOT", "QREFHT", "T200")), without("ZBOT", "QREFHT", "T200"))
     assert "none for QREFHT, T200" in caught.value.got
     assert "huss" in caught.value.remedy
+
+
+@pytest.mark.parametrize(
+    ("names", "unit", "count"),
+    [
+        (("IVT",), "kg m-1 s-1", 1),
+        (("IVT",), "kg kg**-1 m**-1 s**-1", 1),
+        (("IVT",), "kg/m/s", 1),
+        (("IVT",), "", 1),
+        (("viwve", "viwvn"), "kg m**-1 s**-1", 2),
+        (("UFLXQV", "viwvn"), "kg m-1 s-1", 0),
+        (("IVT",), "K", 0),
+    ],
+)
+def test_a_files_own_vapour_transport_is_known_by_name_and_unit(names, unit, count):
+    assert len(plan(PATH, {name: Variable(name, unit) for name in names}).transport) == count

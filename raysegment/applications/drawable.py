@@ -13,18 +13,16 @@ import cftime
 import numpy as np
 from numpy.typing import NDArray
 
-from raysegment.archive.aliases import find
+from raysegment.archive.aliases import Recipe, find, find_transport
 from raysegment.archive.deepcam import DeepcamFile, open_maps
 from raysegment.archive.netcdf import NetcdfFile
-from raysegment.archive.snapshots import LabelMap, merged_labels
+from raysegment.archive.snapshots import LabelMap, magnitude, merged_labels
 from raysegment.climate.channels import BY_NAME, INDEX
 from raysegment.climate.checks import BadInput
 from raysegment.climate.grid import Grid
 from raysegment.climate.rivers import IVT_SLOPE
 
 IVT, WIND = "IVT", "WIND"
-_OWN_IVT = ("IVT", "ivt")
-_IVT_PARTS = (("UFLXQV", "VFLXQV"), ("viwve", "viwvn"), ("p71.162", "p72.162"), ("intuaw", "intvaw"), ("uIVT", "vIVT"))
 _LABELS = {
     IVT: "integrated vapour transport (kg m⁻¹ s⁻¹)",
     WIND: "wind of the lowest level (m s⁻¹)",
@@ -74,12 +72,9 @@ class Drawable:
         return values, label
 
     def _ivt(self, index: int) -> tuple[NDArray | None, str]:
-        own = next((name for name in _OWN_IVT if self._has(name)), None)
-        if own is not None:
-            return self._own(own, index), _LABELS[IVT]
-        parts = next((pair for pair in _IVT_PARTS if all(self._has(name) for name in pair)), None)
-        if parts is not None:
-            return np.hypot(*(self._own(name, index) for name in parts)), _LABELS[IVT]
+        own = find_transport(self.path, self._variables)
+        if own:
+            return magnitude([self._cook(recipe, index) for recipe in own]), _LABELS[IVT]
         wind, vapour = self._speed("U850", "V850", index), self._channel("TMQ", index)
         return (None if wind is None or vapour is None else IVT_SLOPE * np.maximum(vapour, 0.0) * wind), STAND_IN
 
@@ -105,6 +100,10 @@ class Drawable:
         recipe = find(self.path, BY_NAME[name], self._variables)
         if recipe is None:
             return None
+        return self._cook(recipe, index)
+
+    def _cook(self, recipe: Recipe, index: int) -> NDArray:
+        assert isinstance(self._file, NetcdfFile)
         return self._file.read(recipe.variable, index, recipe.level) * recipe.factor + recipe.offset
 
     def _has(self, name: str) -> bool:

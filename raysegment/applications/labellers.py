@@ -6,26 +6,30 @@ open file and no thread, so it travels to the processes that use it.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import nn
 
+from raysegment.applications.tiles import Tiling, blended
 from raysegment.archive.places import Place
 from raysegment.climate import channels
 from raysegment.climate.checks import BadInput
 from raysegment.climate.grid import Grid
 from raysegment.climate.regrid import regrid, to_spacing
-from raysegment.climate.rules import Rules, parse_rules
+from raysegment.climate.rules import Rules, parse_rules, remedy_for
 from raysegment.elastic.checkpoints import read_checkpoint
 from raysegment.networks import build
 
 SPACING_TOLERANCE = 0.1  # a grid within a tenth of the training spacing is fed as it is
+TILE_MARGIN = 64  # cells; see `tiles`
+MOST_CELLS, TILE = 1_200_000, (512, 1024)  # maps of more cells are labelled in pieces of this size
 HALO_CELLS = 32  # what is added on each side where a width does not divide, or a map does not close the circle
 
 
@@ -35,7 +39,14 @@ class Labeller(Protocol):
     @property
     def name(self) -> str: ...
 
-    def label(self, fields: NDArray, grid: Grid) -> tuple[NDArray[np.uint8], NDArray | None]: ...
+    @property
+    def gives_probabilities(self) -> bool: ...
+
+    def needs(self, path: Path, available: frozenset[str], has_ivt: bool) -> Collection[str]:
+        """Names of the channels that must be there, of a file that gives these (and a map of IVT); BadInput if too few."""
+        ...
+
+    def label(self, fields: NDArray, grid: Grid, ivt: NDArray | None = None) -> tuple[NDArray[np.uint8], NDArray | None]: ...
 
 
 @dataclass(frozen=True)
@@ -44,6 +55,14 @@ class RulesLabeller:
 
     rules: Rules
     name: str
+    gives_probabilities: ClassVar[bool] = False
+
+    def needs(self, path: Path, available: frozenset[str], has_ivt: bool) -> Collection[str]:
+        missing = self.rules.missing(available, has_ivt)
+        if missing:
+            got = f"no {', no '.join(missing)} (and {'a' if has_ivt else 'no'} map of IVT)"
+            raise BadInput(path, f"the channels of {self.name}", got, remedy_for(available, has_ivt))
+        return self.rules.needs & available
 
     def label(self, fields: NDArray, grid: Grid, ivt: NDArray | None = None) -> tuple[NDArray[np.uint8], NDArray | None]:
         return self.rules.label(fields, grid, ivt), None
@@ -68,11 +87,17 @@ class _Loaded:
 class NetworkLabeller:
     """A checkpoint as a labeller: it takes the network's channels out of the 16 by name.
 
-    Maps of another spacing are regridded to the network's own, and the probabilities back.
+    Maps of another spacing are regridded to the network's own, and the probabilities back. Maps larger than `tile` (rows,
+    columns; without it, of more than MOST_CELLS) are labelled in pieces that overlap (see `tiles`).
     """
 
     checkpoint: Path | Place
     name: str
+    tile: tuple[int, int] | None = None
+    gives_probabilities: ClassVar[bool] = True
+
+    def needs(self, path: Path, available: frozenset[str], has_ivt: bool) -> Collection[str]:
+        return [channels.NAMES[place] for place in self._loaded.places]
 
     @cached_property
     def _loaded(self) -> _Loaded:
@@ -85,7 +110,7 @@ class NetworkLabeller:
         mean, std = column(read.facts.mean), column(read.facts.std)
         return _Loaded(network.eval(), places, mean, std, column(weights), read.facts.spacing_deg)
 
-    def label(self, fields: NDArray, grid: Grid) -> tuple[NDArray[np.uint8], NDArray]:
+    def label(self, fields: NDArray, grid: Grid, ivt: NDArray | None = None) -> tuple[NDArray[np.uint8], NDArray]:
         probabilities = self.probabilities(fields, grid)
         return probabilities.argmax(0).astype(np.uint8), probabilities
 
@@ -102,11 +127,25 @@ class NetworkLabeller:
     def _infer(self, fields: NDArray, periodic: bool) -> NDArray[np.float32]:
         own = self._loaded
         normal = (torch.from_numpy(np.ascontiguousarray(fields, np.float32)) - own.mean) / own.std
-        padded, rows, columns = _pad(normal[None], int(own.network.multiple), periodic)  # pyright: ignore[reportArgumentType]
+        multiple = int(own.network.multiple)  # pyright: ignore[reportArgumentType]
+        padded, rows, columns = _pad(normal[None], multiple, periodic)
+        closed = periodic and columns.start == 0
+        whole = self.tile is None and padded.shape[-1] * padded.shape[-2] <= MOST_CELLS
+        tiling = None if whole else _tiling(self.tile or TILE, multiple)
+        result = self._classify(padded).numpy() if tiling is None else blended(padded, tiling, closed, self._classify)
+        return result[:, rows, columns]
+
+    def _classify(self, padded: torch.Tensor) -> torch.Tensor:
+        """Normalised fields (1, C, h, w) → probabilities (3, h, w)."""
+        own = self._loaded
         with torch.autocast("cpu", torch.bfloat16):
             logits = own.network(padded.contiguous(memory_format=torch.channels_last))
-        probabilities = logits[0, :, rows, columns].float().softmax(0)
-        return without_weights(probabilities, own.weights).numpy()
+        return without_weights(logits[0].float().softmax(0), own.weights)
+
+
+def _tiling(tile: tuple[int, int], multiple: int) -> Tiling:
+    rows, columns, margin = (-(-size // multiple) * multiple for size in (*tile, TILE_MARGIN))
+    return Tiling(rows, columns, margin, multiple)
 
 
 def without_weights(probabilities: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
@@ -118,8 +157,8 @@ def without_weights(probabilities: torch.Tensor, weights: torch.Tensor) -> torch
     return unweighted / unweighted.sum(0)
 
 
-def parse_labeller(spec: str | Path) -> Labeller:
-    """`rules:PRESET`, or a checkpoint or run folder, or the URI of such; BadInput when it is neither."""
+def parse_labeller(spec: str | Path, tile: tuple[int, int] | None = None) -> Labeller:
+    """`rules:PRESET`, or a checkpoint or run folder, or the URI of such (for pieces of `tile`); BadInput when it is neither."""
     if str(spec).startswith("rules:"):
         return RulesLabeller(parse_rules(str(spec)), str(spec))
     place = Place.of(spec)
@@ -132,7 +171,7 @@ def parse_labeller(spec: str | Path) -> Labeller:
         expected, got = f"a network of channels among {', '.join(channels.NAMES)}", ", ".join(unknown)
         raise BadInput(path, expected, got, "Use the version of raysegment that wrote it.")
     digest = str(facts.provenance.get("weights_sha256", ""))[:12]
-    return NetworkLabeller(path, f"network {facts.network.name} at step {facts.step} {digest}".strip())
+    return NetworkLabeller(path, f"network {facts.network.name} at step {facts.step} {digest}".strip(), tile)
 
 
 def _pad(fields: torch.Tensor, multiple: int, periodic: bool) -> tuple[torch.Tensor, slice, slice]:

@@ -15,35 +15,19 @@ import cftime
 import numpy as np
 from numpy.typing import NDArray
 
-from raysegment.archive.aliases import Recipe, find
+from raysegment.archive.aliases import TRANSPORT, TRANSPORT_PARTS, Recipe, find
 from raysegment.archive.deepcam import DeepcamFile, open_maps
 from raysegment.archive.masks import MASK_SUFFIX
 from raysegment.archive.netcdf import NetcdfFile
 from raysegment.archive.snapshots import Source, list_sources, open_source
-from raysegment.climate.channels import BY_NAME, Alias, Channel
+from raysegment.climate.channels import BY_NAME
 from raysegment.climate.checks import BadInput
 from raysegment.climate.events import Weather
 from raysegment.climate.grid import Grid
 from raysegment.climate.rivers import IVT_SLOPE
 
-_FLUX = "kg m-1 s-1"
-
-
-_AS_WRITTEN = "kg kg-1 m-1 s-1"  # what files made from MERRA-2 say
-
-
-def _transport(name: str, long_name: str, lowest: float, *names: str) -> Channel:
-    """Something that is no channel of the 16, under other archives' names (MERRA-2, ERA5, CMIP6)."""
-    return Channel(name, _FLUX, long_name, lowest, 1e4, 0.0, 1.0, tuple(Alias(alias, "", _AS_WRITTEN) for alias in names))
-
-
-_IVT = _transport("transport", "vertically integrated vapour transport", 0.0, "IVT", "ivt")
-_IVT_PARTS = (
-    _transport("transport_east", "eastward vapour transport", -1e4, "UFLXQV", "viwve", "p71.162", "intuaw", "uIVT"),
-    _transport("transport_north", "northward vapour transport", -1e4, "VFLXQV", "viwvn", "p72.162", "intvaw", "vIVT"),
-)
-_WANTED = (*(BY_NAME[name] for name in ("PSL", "UBOT", "VBOT", "TMQ", "U850", "V850", "PRECT")), _IVT, *_IVT_PARTS)
-_TRANSPORT = tuple(channel.name for channel in (_IVT, *_IVT_PARTS))
+_WANTED = (*(BY_NAME[name] for name in ("PSL", "UBOT", "VBOT", "TMQ", "U850", "V850", "PRECT")), TRANSPORT, *TRANSPORT_PARTS)
+_TRANSPORT = tuple(channel.name for channel in (TRANSPORT, *TRANSPORT_PARTS))
 _OPEN_AT_ONCE = 4
 
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from raysegment.archive.units import conversion
-from raysegment.climate.channels import BY_NAME, CHANNELS, Alias, Channel
+from raysegment.climate.channels import BY_NAME, CHANNELS, NAMES, Alias, Channel
 from raysegment.climate.checks import BadInput
 
 _LEVEL_HPA = 0.5  # a level counts as found within this
@@ -16,6 +16,19 @@ _GEOPOTENTIAL = {"Z1000", "Z200", "PHIS_M"}
 _PAIRS = (("UBOT", "VBOT"), ("U850", "V850"))  # both components of a wind come from one level
 _DEWPOINT_NAMES = (Alias("d2m", "ERA5", "K"), Alias("2d", "ERA5", "K"))
 DEWPOINT = Channel("D2M", "K", "dew point at 2 m", 130.0, 330.0, 278.0, 20.0, _DEWPOINT_NAMES)
+_AS_WRITTEN = "kg kg-1 m-1 s-1"  # what files made from MERRA-2 say
+
+
+def _transport(name: str, long_name: str, minimum: float, *names: str) -> Channel:
+    """Vapour transport, no channel of the 16, under other archives' names (MERRA-2, ERA5, CMIP6)."""
+    return Channel(name, "kg m-1 s-1", long_name, minimum, 1e4, 0.0, 1.0, tuple(Alias(a, "", _AS_WRITTEN) for a in names))
+
+
+TRANSPORT = _transport("transport", "vertically integrated vapour transport", 0.0, "IVT", "ivt")
+TRANSPORT_PARTS = (
+    _transport("transport_east", "eastward vapour transport", -1e4, "UFLXQV", "viwve", "p71.162", "intuaw", "uIVT"),
+    _transport("transport_north", "northward vapour transport", -1e4, "VFLXQV", "viwvn", "p72.162", "intvaw", "vIVT"),
+)
 
 
 @dataclass(frozen=True)
@@ -42,11 +55,19 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Plan:
-    """Recipes by channel name; `humidity` is the dew point's where QREFHT must be derived; `zbot` when ZBOT must be."""
+    """Recipes by channel name; `dewpoint` where QREFHT must be derived; `zbot` when ZBOT must be; `transport` of the file's
+    own IVT: of its magnitude, of both components, or none."""
 
     recipes: Mapping[str, Recipe]
     dewpoint: Recipe | None = None
     zbot: bool = False
+    transport: tuple[Recipe, ...] = ()
+
+    @property
+    def channels(self) -> frozenset[str]:
+        """Names of the channels that the file gives."""
+        derived = {"ZBOT": self.zbot, "QREFHT": self.dewpoint is not None}
+        return frozenset(self.recipes) | {name for name, possible in derived.items() if possible}
 
     @property
     def names(self) -> list[str]:
@@ -55,16 +76,33 @@ class Plan:
 
 
 def plan(path: Path, variables: Mapping[str, Variable]) -> Plan:
-    """The plan for a file that holds `variables`; BadInput that names every missing channel, or the wrong unit."""
+    """The plan for a file that holds `variables`, as far as it goes; BadInput that names a wrong unit."""
     recipes = {channel.name: recipe for channel in CHANNELS if (recipe := find(path, channel, variables))}
     for first, second in _PAIRS:
         recipes |= _pair(path, BY_NAME[first], BY_NAME[second], variables)
-    dewpoint = None if "QREFHT" in recipes else find(path, DEWPOINT, variables)
-    derived = {"ZBOT"} | ({"QREFHT"} if dewpoint is not None else set())
-    missing = [channel for channel in CHANNELS if channel.name not in recipes and channel.name not in derived]
+    dewpoint = None if "QREFHT" in recipes or "PS" not in recipes else find(path, DEWPOINT, variables)
+    zbot = "ZBOT" not in recipes and "TREFHT" in recipes
+    return Plan(recipes, dewpoint, zbot, find_transport(path, variables))
+
+
+def demand(path: Path, how: Plan, variables: Mapping[str, Variable], needed: Collection[str] = NAMES) -> None:
+    """Raise BadInput that names every channel that is needed and that the file does not give."""
+    missing = [channel for channel in CHANNELS if channel.name in needed and channel.name not in how.channels]
     if missing:
-        raise BadInput(path, "all 16 channels", _missing(missing, variables), _remedy(missing))
-    return Plan(recipes, dewpoint, "ZBOT" not in recipes)
+        expected = "all 16 channels" if len(needed) == len(NAMES) else f"channels {', '.join(sorted(needed))}"
+        raise BadInput(path, expected, _missing(missing, variables), _remedy(missing))
+
+
+def find_transport(path: Path, variables: Mapping[str, Variable]) -> tuple[Recipe, ...]:
+    """Recipes of a file's own vapour transport: of its magnitude, else of both components (of one archive), else none.
+
+    What has one of the names and the unit of something else is none: nobody asked for it.
+    """
+    try:
+        whole = find(path, TRANSPORT, variables)
+        return (whole,) if whole is not None else tuple(_pair(path, *TRANSPORT_PARTS, variables).values())
+    except BadInput:
+        return ()
 
 
 def find(path: Path, channel: Channel, variables: Mapping[str, Variable]) -> Recipe | None:

@@ -83,6 +83,9 @@ class DeepcamFile:
     def __exit__(self, *_) -> None:
         self.close()
 
+    def time_bounds(self) -> None:
+        """The files say of no interval."""
+
     def fields(self, index: int) -> NDArray[np.float32]:
         """All channels (16, H, W)."""
         assert index == 0, index

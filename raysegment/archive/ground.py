@@ -20,14 +20,16 @@ def apply_below_ground(fields: NDArray[np.float32], orography_m: NDArray) -> NDA
     Where 0.9925·PS < 850 hPa, U850 and V850 become UBOT and VBOT; where it is < 1000 hPa, Z1000 becomes
     `orography_m (H, W)` + ZBOT. Deduced from ClimateNet's own values (identical winds and Z1000 = 2836 m at the South
     Pole; |Z1000 − ZBOT| ≤ 0.9 m at sea where PS < 1000 hPa); other archives extrapolate (ERA5, GFS) or have no value there
-    (CMIP6). Fields that follow the rule already are returned with the same values.
+    (CMIP6). Fields that follow the rule already are returned with the same values; what a
+    file does not hold (NaN) is left as it is.
     """
     out = fields.copy()
     lowest_pa = LOWEST_LEVEL * fields[INDEX["PS"]]
     for level, bottom in (("U850", "UBOT"), ("V850", "VBOT")):
-        out[INDEX[level]] = np.where(lowest_pa < 85000.0, fields[INDEX[bottom]], fields[INDEX[level]])
-    buried = lowest_pa < 100000.0
-    out[INDEX["Z1000"]] = np.where(buried, orography_m + fields[INDEX["ZBOT"]], fields[INDEX["Z1000"]])
+        buried = (lowest_pa < 85000.0) & np.isfinite(fields[INDEX[bottom]])
+        out[INDEX[level]] = np.where(buried, fields[INDEX[bottom]], fields[INDEX[level]])
+    surface_m = orography_m + fields[INDEX["ZBOT"]]
+    out[INDEX["Z1000"]] = np.where((lowest_pa < 100000.0) & np.isfinite(surface_m), surface_m, fields[INDEX["Z1000"]])
     return out
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,6 +27,7 @@ TAGS = {"ar_binary_tag": RIVER, "tc_binary_tag": CYCLONE}  # ARTMIP's and Tempes
 PROBABILITY = "PROB_{}"  # one float variable per class
 EPOCH = "days since 1900-01-01 00:00:00"  # TECA wants days
 UNKNOWN_EPOCH, UNKNOWN_CALENDAR = "days since 0001-01-01 00:00:00", "noleap"
+Bounds = Sequence[tuple[cftime.datetime, cftime.datetime]]  # of each time, beginning and end of what it stands for
 _REFERENCES = "Kurth et al. 2018, Exascale Deep Learning for Climate Analytics, doi:10.1109/SC.2018.00054"
 
 
@@ -88,39 +90,117 @@ def write_masks(
     probabilities: NDArray | None = None,
     artmip: bool = False,
 ) -> list[Path]:
-    """Masks (T, H, W) on the canonical grid → CF-1.8 file in the orientation of `axes`; returns the files written.
+    """Masks (T, H, W) on the canonical grid → a CF-1.8 file (see MaskWriter); returns the files written.
 
-    `probabilities (T, 3, H, W)` add one variable per class. `artmip` also writes the file beside it that ARTMIP and
-    TempestExtremes read: `ar_binary_tag(time, lat, lon)` and the axes, nothing else. The same input gives the same
-    bytes: no date is written. Where a time is unknown, the time axis counts snapshots and its comment says so.
+    `probabilities (T, 3, H, W)` add one variable per class.
     """
-    path = Path(path)
-    masks = checked_mask(path, np.asarray(masks), axes.grid.shape)
+    masks = np.asarray(masks)
     assert masks.shape[:-2] == (len(times),), (masks.shape, len(times))
-    about = {
-        "title": title,
-        "institution": institution,
-        "source": source or labeller,
-        "history": f"raysegment: labelled by {labeller}",
-        "references": references,
-        "labeller": labeller,
-    }
-    written = []
-    if artmip:
-        written.append(_write_artmip(artmip_path(path), axes.from_canonical(masks), axes, times, about))
-    with committed(path) as temporary, netCDF4.Dataset(str(temporary), "w", format="NETCDF4_CLASSIC") as data:
-        _write_header(data, axes, times, about)
-        _write_labels(data, axes.from_canonical(masks), probabilities is not None)
-        if probabilities is not None:
-            _write_probabilities(data, axes.from_canonical(probabilities))
-    return [*written, path]
+    about = About(labeller, title, source, institution, references)
+    with MaskWriter(path, axes, times, about, probabilities is not None, artmip) as writer:
+        for index, mask in enumerate(masks):
+            writer.add(mask, None if probabilities is None else probabilities[index])
+    return writer.paths
 
 
-def _write_header(data: netCDF4.Dataset, axes: Axes, times: Sequence[cftime.datetime | None], about: dict[str, str]) -> None:
+@dataclass(frozen=True)
+class About:
+    """What a mask file says about itself."""
+
+    labeller: str
+    title: str = "Extreme weather masks"
+    source: str = ""
+    institution: str = "not stated"
+    references: str = _REFERENCES
+
+    @property
+    def attributes(self) -> dict[str, str]:
+        return {
+            "title": self.title,
+            "institution": self.institution,
+            "source": self.source or self.labeller,
+            "history": f"raysegment: labelled by {self.labeller}",
+            "references": self.references,
+            "labeller": self.labeller,
+        }
+
+
+class MaskWriter:
+    """Writes a CF-1.8 mask file, one snapshot after the other, in the orientation of `axes`; a context manager.
+
+    The file gets its name when all `times` have been added and it is on the disk; on an error nothing is left of it.
+    `artmip` also writes the file beside it that ARTMIP and TempestExtremes read: `ar_binary_tag(time, lat, lon)` and the
+    axes, nothing else. `bounds` are the intervals that the times stand for. The same input gives the same bytes: no date is
+    written. Where a time is unknown, the time axis counts snapshots and its comment says so.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        axes: Axes,
+        times: Sequence[cftime.datetime | None],
+        about: About,
+        probabilities: bool = False,
+        artmip: bool = False,
+        bounds: Bounds | None = None,
+    ):
+        self.path, self._axes, self._times, self._about = Path(path), axes, times, about
+        self._probabilities, self._artmip, self._bounds = probabilities, artmip, bounds
+        self._files, self._count = ExitStack(), 0
+
+    @property
+    def paths(self) -> list[Path]:
+        """The files that are written."""
+        return [*([artmip_path(self.path)] if self._artmip else []), self.path]
+
+    def __enter__(self) -> MaskWriter:
+        shape = (len(self._times), *self._axes.shape)
+        with ExitStack() as files:
+            self._data = self._open(files, self.path)
+            _create_labels(self._data, shape, self._probabilities)
+            if self._probabilities:
+                _create_probabilities(self._data, shape)
+            self._tags = self._open(files, artmip_path(self.path)) if self._artmip else None
+            if self._tags is not None:
+                _create_tag(self._tags, shape, self._about.labeller)
+            self._files = files.pop_all()
+        return self
+
+    def __exit__(self, *error) -> None:
+        if error[0] is None:
+            assert self._count == len(self._times), f"{self.path}: {self._count} of {len(self._times)} snapshots added"
+        self._files.__exit__(*error)  # the tags first, then the masks, whose name says that all is there
+
+    def add(self, mask: NDArray, probabilities: NDArray | None = None) -> None:
+        """The next snapshot: `mask (H, W)`, checked, and `probabilities (3, H, W)` where the file has them, canonical."""
+        own = self._axes.from_canonical(checked_mask(self.path, mask, self._axes.grid.shape))
+        self._data[LABELS][self._count] = own.astype(np.int8)
+        if self._tags is not None:
+            self._tags["ar_binary_tag"][self._count] = (own == RIVER).astype(np.int8)
+        if self._probabilities:
+            assert probabilities is not None, self.path
+            for name, values in zip(CLASSES, self._axes.from_canonical(probabilities), strict=True):
+                self._data[PROBABILITY.format(name)][self._count] = values
+        self._count += 1
+
+    def _open(self, files: ExitStack, path: Path) -> netCDF4.Dataset:
+        temporary = files.enter_context(committed(path))
+        data = files.enter_context(netCDF4.Dataset(str(temporary), "w", format="NETCDF4_CLASSIC"))
+        _write_header(data, self._axes, self._times, self._about.attributes, self._bounds)
+        return data
+
+
+def _write_header(
+    data: netCDF4.Dataset,
+    axes: Axes,
+    times: Sequence[cftime.datetime | None],
+    about: dict[str, str],
+    bounds: Bounds | None,
+) -> None:
     """Global attributes, dimensions and coordinate variables."""
     data.setncatts({"Conventions": "CF-1.8", **{key: text for key, text in about.items() if text}})
     data.createDimension("time", len(times))
-    _write_time(data, times)
+    _write_time(data, times, bounds)
     for name, long_name, axis, unit, values in (
         ("lat", "latitude", "Y", "degrees_north", axes.lat),
         ("lon", "longitude", "X", "degrees_east", axes.lon),
@@ -131,22 +211,32 @@ def _write_header(data: netCDF4.Dataset, axes: Axes, times: Sequence[cftime.date
         variable[:] = values
 
 
-def _write_time(data: netCDF4.Dataset, times: Sequence[cftime.datetime | None]) -> None:
+def _write_time(data: netCDF4.Dataset, times: Sequence[cftime.datetime | None], bounds: Bounds | None) -> None:
     variable = data.createVariable("time", "f8", ("time",), fill_value=False)
     variable.setncatts({"standard_name": "time", "long_name": "time", "axis": "T"})
     known = [time for time in times if time is not None]
     if len(known) == len(times):
         variable.setncatts({"units": EPOCH, "calendar": known[0].calendar})
         variable[:] = cftime.date2num(known, EPOCH, known[0].calendar)
+        if bounds is not None:
+            _write_bounds(data, variable, bounds, known[0].calendar)
         return
     comment = f"{calendar_times.UNKNOWN}: the numbers count snapshots of the source, they are not dates"
     variable.setncatts({"units": UNKNOWN_EPOCH, "calendar": UNKNOWN_CALENDAR, "comment": comment})
     variable[:] = np.arange(len(times))
 
 
-def _write_labels(data: netCDF4.Dataset, masks: NDArray[np.uint8], probabilities: bool) -> None:
+def _write_bounds(data: netCDF4.Dataset, time: netCDF4.Variable, bounds: Bounds, calendar: str) -> None:
+    """CF's boundary variable of the time axis; it has the axis's unit and calendar without saying so (CF-1.8, 7.1)."""
+    time.setncatts({"bounds": "time_bnds"})
+    data.createDimension("bnds", 2)
+    variable = data.createVariable("time_bnds", "f8", ("time", "bnds"), fill_value=False)
+    variable[:] = cftime.date2num(np.array(bounds, object), EPOCH, calendar)
+
+
+def _create_labels(data: netCDF4.Dataset, shape: tuple[int, int, int], probabilities: bool) -> None:
     """LABELS without `_FillValue`: every cell has a class, and readers keep the integer type."""
-    variable = data.createVariable(LABELS, "i1", ("time", "lat", "lon"), fill_value=False, **_packing(masks.shape))
+    variable = data.createVariable(LABELS, "i1", ("time", "lat", "lon"), fill_value=False, **_packing(shape))
     variable.setncatts({
         "long_name": "extreme weather class",
         "flag_values": np.arange(len(CLASSES), dtype=np.int8),
@@ -156,17 +246,13 @@ def _write_labels(data: netCDF4.Dataset, masks: NDArray[np.uint8], probabilities
     })  # fmt: skip
     if probabilities:
         variable.setncatts({"ancillary_variables": " ".join(PROBABILITY.format(name) for name in CLASSES)})
-    variable[:] = masks.astype(np.int8)
 
 
-def _write_probabilities(data: netCDF4.Dataset, probabilities: NDArray) -> None:
-    assert probabilities.shape[1] == len(CLASSES), probabilities.shape
-    for number, name in enumerate(CLASSES):
-        shape = (probabilities.shape[0], *probabilities.shape[2:])
+def _create_probabilities(data: netCDF4.Dataset, shape: tuple[int, int, int]) -> None:
+    for name in CLASSES:
         dims = ("time", "lat", "lon")
         variable = data.createVariable(PROBABILITY.format(name), "f4", dims, fill_value=False, **_packing(shape))
         variable.setncatts({"long_name": f"probability of {name.replace('_', ' ')}", "units": "1", "cell_methods": "time: point"})
-        variable[:] = probabilities[:, number]
 
 
 def _packing(shape: tuple[int, ...]) -> dict:
@@ -174,21 +260,17 @@ def _packing(shape: tuple[int, ...]) -> dict:
     return {"zlib": True, "complevel": 1, "shuffle": True, "chunksizes": (1, *shape[1:])}
 
 
-def _write_artmip(path: Path, masks: NDArray[np.uint8], axes: Axes, times: Sequence, about: dict[str, str]) -> Path:
-    """The file of ARTMIP's catalogues: four variables, the detector named by `scheme` and `version`."""
-    with committed(path) as temporary, netCDF4.Dataset(str(temporary), "w", format="NETCDF4_CLASSIC") as data:
-        _write_header(data, axes, times, about)
-        variable = data.createVariable("ar_binary_tag", "i1", ("time", "lat", "lon"), fill_value=False, **_packing(masks.shape))
-        variable.setncatts({
-            "long_name": "atmospheric river",
-            "flag_values": np.array([0, 1], np.int8),
-            "flag_meanings": "absent present",
-            "cell_methods": "time: point",
-            "scheme": about["labeller"],
-            "version": "1.0",
-        })  # fmt: skip
-        variable[:] = (masks == RIVER).astype(np.int8)
-    return path
+def _create_tag(data: netCDF4.Dataset, shape: tuple[int, int, int], labeller: str) -> None:
+    """The variable of ARTMIP's catalogues, the detector named by `scheme` and `version`."""
+    variable = data.createVariable("ar_binary_tag", "i1", ("time", "lat", "lon"), fill_value=False, **_packing(shape))
+    variable.setncatts({
+        "long_name": "atmospheric river",
+        "flag_values": np.array([0, 1], np.int8),
+        "flag_meanings": "absent present",
+        "cell_methods": "time: point",
+        "scheme": labeller,
+        "version": "1.0",
+    })  # fmt: skip
 
 
 class MaskSource:

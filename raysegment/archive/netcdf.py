@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from itertools import chain
 from pathlib import Path
 
+import cftime
 import h5py
 import netCDF4
 import numpy as np
@@ -118,6 +119,15 @@ class NetcdfFile:
                 return times.decode(self.path, values, units, calendar), words
             self.unknown_time = True
         return ((times.time_from_name(self.path.name),) if self.count == 1 else (None,) * self.count), words
+
+    def time_bounds(self) -> tuple[tuple[cftime.datetime, cftime.datetime], ...] | None:
+        """Of each time, beginning and end of what it stands for (CF-1.8, 7.1); None where the file does not say."""
+        time = next((self._data.variables[name] for name in _TIME if name in self._data.variables), None)
+        named = None if time is None else self._data.variables.get(text(time, "bounds"))
+        if time is None or named is None or named.shape != (self.count, 2) or None in self.times:
+            return None
+        ends = times.decode(self.path, _values(named).ravel(), text(time, "units"), text(time, "calendar") or "standard")
+        return tuple(zip(ends[::2], ends[1::2], strict=True))
 
     def _time_of_name(self, variable: Stored, word: str):
         """Time of a ClimateNet string; the attributes that this project adds say it exactly."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import glob
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from raysegment.archive import ground, times
-from raysegment.archive.aliases import DEWPOINT, Plan, Recipe, find, plan
+from raysegment.archive.aliases import DEWPOINT, TRANSPORT, TRANSPORT_PARTS, Plan, Recipe, Variable, demand, find, plan
 from raysegment.archive.axes import Axes
 from raysegment.archive.deepcam import DeepcamFile, open_maps
 from raysegment.archive.files import committed
@@ -28,6 +28,8 @@ SUFFIXES = (".nc", ".nc4", ".cdf", ".netcdf", ".h5", ".hdf5")
 _NOT_SOURCES = (".mask.nc", ".artmip.nc")  # what this project writes beside sources
 _NOT_SAMPLES = ("stats.h5",)  # DeepCAM keeps its statistics in the same folder
 LabelMap = int | str  # one of several label maps by number, or how they become one: a rule of CONSENSUS
+# Of a file: which of the channels that it gives, with or without a map of IVT, are needed; BadInput when it gives too few
+Needs = Callable[[Path, frozenset[str], bool], Collection[str]]
 _PER_GRAVITY = 1.0 / GRAVITY_M_S2
 OROGRAPHY = Channel("PHIS_M", "m", "height of the surface", -600.0, 9000.0, 0.0, 1000.0, (
     Alias("PHIS", "CAM", "m2 s-2", factor=_PER_GRAVITY), Alias("orog", "CMIP6", "m"), Alias("orography", "GFS", "m"),
@@ -38,6 +40,9 @@ OROGRAPHY = Channel("PHIS_M", "m", "height of the surface", -600.0, 9000.0, 0.0,
 @dataclass(frozen=True, eq=False)
 class Snapshot:
     """`fields (16, H, W)` float32 in SI units and `mask (H, W)` uint8 (None without labels) on the canonical grid.
+
+    From a file opened for a part of the channels, those that it does not give are NaN, and `ivt (H, W)` is the file's own
+    vapour transport (kg m⁻¹ s⁻¹, NaN where it has no value), None where it has none.
 
     `axes` are those of the file, `time` is None where the file does not say (then `time_label` shows what it says
     instead), `index` is the place in the file `source`.
@@ -50,6 +55,7 @@ class Snapshot:
     time_label: str
     source: Path
     index: int
+    ivt: NDArray[np.float32] | None = None
 
     def __post_init__(self) -> None:
         shape = self.axes.grid.shape
@@ -90,15 +96,15 @@ class Source:
     """An archive file open for reading, one snapshot at a time; a context manager.
 
     `layout` is one of LAYOUTS; `times` holds None where unknown. It travels between processes as its path: the other
-    side opens the file anew.
+    side opens the file anew. With `needs` a file may lack channels, and its own IVT is read; without, it must give all 16.
     """
 
-    def __init__(self, path: str | Path, below_ground: bool = True, label_map: LabelMap = 0):
-        self.path, self.below_ground, self.label_map = Path(path), below_ground, label_map
+    def __init__(self, path: str | Path, below_ground: bool = True, label_map: LabelMap = 0, needs: Needs | None = None):
+        self.path, self.below_ground, self.label_map, self._needs = Path(path), below_ground, label_map, needs
         self._with_masks, self._spare = True, None
         self._file = open_maps(path)
         try:
-            self._plan = None if isinstance(self._file, DeepcamFile) else plan(self.path, self._file.variables())
+            self._plan = None if isinstance(self._file, DeepcamFile) else self._planned(self._file.variables())
             self._label_maps = self._file.label_maps()
             self._check_label_map()
             self.layout = self._layout()
@@ -107,7 +113,7 @@ class Source:
             raise
 
     def __reduce__(self):
-        return Source, (self.path, self.below_ground, self.label_map)
+        return Source, (self.path, self.below_ground, self.label_map, self._needs)
 
     def __enter__(self) -> Source:
         return self
@@ -131,6 +137,11 @@ class Source:
         return self._file.time_labels
 
     @property
+    def time_bounds(self) -> tuple[tuple[cftime.datetime, cftime.datetime], ...] | None:
+        """Of each time, beginning and end of what it stands for; None where the file does not say."""
+        return self._file.time_bounds()
+
+    @property
     def count(self) -> int:
         """Snapshots in the file."""
         return self._file.count
@@ -146,13 +157,13 @@ class Source:
         """Snapshot `index`, every field checked (finite, within the channel's plausible range)."""
         if not 0 <= index < self.count:
             raise IndexError(f"{self.path}: snapshot {index} of {self.count}")
-        fields, when = self._fields(index), self.time_labels[index]
+        fields, when, absent = self._fields(index), self.time_labels[index], self._absent
         if self.below_ground and self.layout == "cf" and not ground.follows_below_ground(fields):
-            check_fields(self.path, fields, when, leave_out=ground.BURIED)  # CMIP6 has no value there below ground
+            check_fields(self.path, fields, when, (*ground.BURIED, *absent))  # CMIP6 has no value there below ground
             fields = ground.apply_below_ground(fields, self._orography_m(index, fields))
-        check_fields(self.path, fields, when)
+        check_fields(self.path, fields, when, absent)
         mask = self.read_mask(index) if self._with_masks and self.has_mask else None
-        return Snapshot(fields, mask, self.axes, self.times[index], self.time_labels[index], self.path, index)
+        return Snapshot(fields, mask, self.axes, self.times[index], when, self.path, index, self._transport(index))
 
     def snapshots(self, into: NDArray[np.float32] | None = None) -> Iterator[Snapshot]:
         """All snapshots in order; after `read_once` each stored byte is read once.
@@ -189,7 +200,19 @@ class Source:
             return {name: f"climate/data[{index}]" for index, name in enumerate(NAMES)}
         recipes = self._plan.recipes
         rules = {"ZBOT": f"{ground.ZBOT_M_PER_K} m/K x TREFHT", "QREFHT": "dew point and surface pressure"}
-        return {name: _spoken(recipes[name]) if name in recipes else rules[name] for name in NAMES}
+        return {name: _spoken(recipes[name]) if name in recipes else rules[name] for name in NAMES if name not in self._absent}
+
+    def _planned(self, variables: Mapping[str, Variable]) -> Plan:
+        """Where the channels are; BadInput where one that is needed is not."""
+        how = plan(self.path, variables)
+        needed = NAMES if self._needs is None else self._needs(self.path, how.channels, bool(how.transport))
+        demand(self.path, how, variables, needed)
+        return how
+
+    @property
+    def _absent(self) -> tuple[str, ...]:
+        """Channels that the file does not give."""
+        return () if self._plan is None else tuple(name for name in NAMES if name not in self._plan.channels)
 
     def _check_label_map(self) -> None:
         if self.label_map:
@@ -211,6 +234,8 @@ class Source:
         fields = np.empty((len(NAMES), *self.axes.grid.shape), np.float32) if self._spare is None else self._spare
         for name, recipe in self._plan.recipes.items():
             fields[INDEX[name]] = self._cook(recipe, index)
+        for name in self._absent:
+            fields[INDEX[name]] = np.nan
         self._derive(self._plan, fields, index)
         return fields
 
@@ -219,7 +244,18 @@ class Source:
         assert self._plan is not None
         assert isinstance(self._file, NetcdfFile)
         below = find(self.path, OROGRAPHY, self._file.variables()) if self.below_ground and self.layout == "cf" else None
-        return [*self._plan.recipes.values(), *(recipe for recipe in (self._plan.dewpoint, below) if recipe is not None)]
+        own = self._plan.transport if self._needs is not None else ()
+        return [*self._plan.recipes.values(), *own, *(one for one in (self._plan.dewpoint, below) if one is not None)]
+
+    def _transport(self, index: int) -> NDArray[np.float32] | None:
+        """The file's own IVT (H, W), where it is wanted and there."""
+        if self._needs is None or self._plan is None or not self._plan.transport:
+            return None
+        parts = [self._cook(recipe, index) for recipe in self._plan.transport]
+        kinds = (TRANSPORT,) if len(parts) == 1 else TRANSPORT_PARTS
+        for kind, part in zip(kinds, parts, strict=True):
+            _check_range(self.path, np.nan_to_num(part, nan=0.0), kind, self.time_labels[index])
+        return magnitude(parts).astype(np.float32)
 
     def _derive(self, how: Plan, fields: NDArray[np.float32], index: int) -> None:
         """Fill in the channels that the file does not hold."""
@@ -250,14 +286,20 @@ class Source:
         return height_m
 
 
-def open_source(path: str | Path, below_ground: bool = True, label_map: LabelMap = 0) -> Source:
+def magnitude(parts: Sequence[NDArray]) -> NDArray:
+    """Of a transport given whole, or by its two components (H, W)."""
+    return parts[0] if len(parts) == 1 else np.hypot(*parts)
+
+
+def open_source(path: str | Path, below_ground: bool = True, label_map: LabelMap = 0, needs: Needs | None = None) -> Source:
     """The archive file at `path`, of any layout, its channels found, its axes and times checked; BadInput otherwise.
 
     `below_ground` applies `ground.apply_below_ground` to archives that extrapolate pressure levels below the ground
     (layout "cf"; CAM-made files follow the rule already). `label_map` chooses among several label maps per time
-    (several people, or DeepCAM's `labels_0` and `labels_1`), or is the rule by which they become one (CONSENSUS).
+    (several people, or DeepCAM's `labels_0` and `labels_1`), or is the rule by which they become one (CONSENSUS). `needs`
+    says of what channels and IVT the file gives which are needed; all 16 are unless it is given.
     """
-    return Source(path, below_ground, label_map)
+    return Source(path, below_ground, label_map, needs)
 
 
 def check_label_map(path: str | Path, label_map: LabelMap, have: int) -> None:
