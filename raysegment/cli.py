@@ -30,6 +30,8 @@ from raysegment.applications.bench_step import AGAINST, StepConfig, bench_step, 
 from raysegment.applications.campaign import CampaignConfig, run_campaign
 from raysegment.applications.chaos import ChaosConfig, chaos
 from raysegment.applications.chaos import lines as chaos_lines
+from raysegment.applications.cluster.nodes import DrainOptions, WaitOptions, drain, wait_for_nodes
+from raysegment.applications.cluster.render import SYSTEMS, render
 from raysegment.applications.demo import DemoConfig, run_demo
 from raysegment.applications.densities import TABLES, draw_density
 from raysegment.applications.evaluate import evaluate
@@ -40,11 +42,14 @@ from raysegment.applications.inspect_ import inspect
 from raysegment.applications.intervals import Bootstrap
 from raysegment.applications.maps import PALETTES, STANDARD
 from raysegment.applications.mask_layout import LAYOUTS
+from raysegment.applications.mllog import mlperf_lines
 from raysegment.applications.pictures import draw_files
+from raysegment.applications.report import read_history, report
 from raysegment.applications.segment import SegmentConfig, segment
 from raysegment.applications.strikes import KINDS
 from raysegment.applications.synthesize import synthesize
 from raysegment.applications.table_writer import COLUMNS, TRACK_COLUMNS
+from raysegment.archive.files import committed
 from raysegment.archive.places import Place
 from raysegment.climate.checks import BadInput
 from raysegment.climate.consensus import CONSENSUS
@@ -168,7 +173,8 @@ def _segment_options(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--out", type=Path, required=True, help="folder for the masks")
     what = "what shares a mask file: a source file, or a day, month or year of the archive's calendar"
     sub.add_argument("--layout", default="source", choices=LAYOUTS, help=f"{what} (default: source)")
-    sub.add_argument("--tile", help="rows x columns of the pieces in which a network labels large maps, e.g. 512x1024")
+    sub.add_argument("--tile", help="rows x columns of the pieces in which a network labels large maps, e.g. 512x1024 "
+                     "(the result is the same; a DeepLab sees, and is given, whole maps)")
     sub.add_argument("--max-skipped", type=float, default=0.01, help="bad files allowed: share below 1 or number (default 0.01)")
     sub.add_argument("--probabilities", action="store_true", help="also write the class probabilities of a network")
     sub.add_argument("--artmip", action="store_true", help="also write ar_binary_tag files")
@@ -561,6 +567,57 @@ def _print_step(result: dict[str, Any]) -> None:
     print(f"resident: {result['resident_gib']:.2f} GiB")
 
 
+def _report_options(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("run", type=Path, help="the folder of a run, complete or under way")
+    sub.add_argument("--out", type=Path, help="file to write (default: report.html in the run's folder)")
+    sub.add_argument("--masks", type=Path, nargs="*", default=[], help="mask files or folders to show (default: any in the run)")
+    sub.add_argument("--sources", nargs="*", default=[], help="the masks' source files, to draw them on")
+    sub.add_argument("--mlperf", action="store_true", help="instead: the log in MLPerf's format, to --out or standard output")
+
+
+def _report(options: argparse.Namespace, console: Console) -> dict[str, Any]:
+    if not options.mlperf:
+        result = report(options.run, options.out, options.masks, options.sources)
+        print(f"{result['steps']} steps, {result['bytes'] >> 10} KiB: {result['report']}")
+        return result
+    lines = mlperf_lines(read_history(options.run))
+    _write_or_print("".join(f"{line}\n" for line in lines), options.out)
+    return {"lines": len(lines), "out": options.out}
+
+
+def _write_or_print(text: str, out: Path | None) -> None:
+    if out is None:
+        print(text, end="")
+        return
+    with committed(out) as temporary:
+        temporary.write_text(text)
+
+
+# ---------------------------------------------------------------- the cluster
+
+
+def _cluster_options(sub: argparse.ArgumentParser) -> None:
+    what = (
+        f"render {'|'.join(SYSTEMS)}: a job script or manifests; wait: until this cluster has its nodes; "
+        "drain: tell this cluster that a node will end"
+    )
+    sub.add_argument("what", choices=("render", "wait", "drain"), help=what)
+    keys = 'render: run="VERB …" nodes=4 min=2 gpus=8 …; wait: nodes=4 min=2; drain: deadline_s=120'
+    sub.add_argument("options", nargs="*", metavar="SYSTEM, key=value", help=keys)
+    sub.add_argument("--out", type=Path, help="render: file to write (default: standard output)")
+
+
+def _cluster(options: argparse.Namespace, console: Console) -> dict[str, Any]:
+    if options.what == "wait":
+        return wait_for_nodes(_configured(WaitOptions, None, options.options), say=console.say)
+    if options.what == "drain":
+        return drain(_configured(DrainOptions, None, options.options))
+    system, *overrides = options.options or [""]
+    text = render(system, overrides, [verb.name for verb in VERBS])
+    _write_or_print(text, options.out)
+    return {"system": system, "out": options.out, "lines": text.count("\n")}
+
+
 # ---------------------------------------------------------------- configuration
 
 
@@ -625,6 +682,10 @@ VERBS = (
          "raysegment experiment tune/channels.yaml", _experiment_options, _experiment),
     Verb("bench", "measured speed beside the machine's own limits",
          "raysegment bench step --network deeplab --size 192x288", _bench_options, _bench),
+    Verb("report", "a run as one HTML page that opens offline, or as MLPerf's log", "raysegment report runs/first",
+         _report_options, _report),
+    Verb("cluster", "job scripts for Slurm and LSF, manifests for Kubernetes; nodes awaited and drained",
+         "raysegment cluster render slurm run=inspect nodes=4 min=2 gpus=8", _cluster_options, _cluster),
     Verb("inspect", "what an archive file, shard set, mask, checkpoint or run holds", "raysegment inspect shards",
          _inspect_options, _inspect),
 )  # fmt: skip

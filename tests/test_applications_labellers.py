@@ -80,6 +80,39 @@ def test_finer_map_is_labelled_at_the_training_spacing(checkpoint: Path) -> None
     assert np.allclose(*shares, atol=0.15)
 
 
+@pytest.mark.parametrize("blocks", [(1, 1), (1, 1, 1)])
+def test_a_network_sees_as_far_as_it_says(blocks: tuple[int, ...]) -> None:
+    """No farther, and nearly as far: all weights positive, so that nothing cancels."""
+    network = build(replace(TINY, channels=1, norm="none", tiramisu=replace(TINY.tiramisu, blocks=blocks))).double().eval()
+    for weight in network.parameters():
+        weight.data.abs_()
+    reach, size, columns = int(network.reach), 96, torch.zeros(1, dtype=torch.int64)  # pyright: ignore[reportArgumentType]
+    spots = torch.ones(1, 1, size, size, dtype=torch.float64)
+    spots[..., size // 2 + 1, size // 2 + 1] = 1e3
+    with torch.inference_mode():
+        apart = (network(spots, columns) - network(torch.ones_like(spots), columns))[0, 0].abs() > 1e-9
+    rows, cols = (torch.nonzero(apart.any(axis)).ravel() - size // 2 - 1 for axis in (1, 0))
+    assert reach / 2 < max(rows.abs().max(), cols.abs().max()) <= reach
+
+
+@pytest.mark.parametrize("width", [160, 158])
+@pytest.mark.parametrize("tile", [(32, 48), (16, 8), (64, 1000)])
+def test_pieces_give_what_the_whole_map_does(tmp_path: Path, width: int, tile: tuple[int, int]) -> None:
+    """Whatever their size, and where the map has to be padded to close the circle, too."""
+    path = write(tmp_path)
+    grid, fields = Grid.global_(160, width), np.random.default_rng(2).normal(size=(16, 160, width)).astype(np.float32)
+    fields += np.linspace(0, 40, width, dtype=np.float32)  # strides of the whole map begin where no piece's would
+    grid = Grid(grid.lat[0] + 0.1 * np.arange(160), grid.lon)
+    whole = labeller(path)
+    loaded = replace(whole._loaded, spacing_deg=(grid.dlat, grid.dlon))
+    for made in (whole, pieces := replace(whole, tile=tile)):
+        made.__dict__["_loaded"] = loaded
+    mask, probabilities = whole.label(fields, grid)
+    cut, blended = pieces.label(fields, grid)
+    np.testing.assert_allclose(blended, probabilities, atol=1e-6)
+    assert np.array_equal(cut, mask)
+
+
 def test_weights_of_the_loss_are_taken_out_again() -> None:
     truth, weights = torch.tensor([0.90, 0.04, 0.06]), torch.tensor([0.5, 8.0, 4.0])
     trained = truth * weights / (truth * weights).sum()

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from raysegment.applications.tiles import Tiling, blended
+from raysegment.archive.aliases import IVT
 from raysegment.archive.places import Place
 from raysegment.climate import channels
 from raysegment.climate.checks import BadInput
@@ -26,24 +27,23 @@ from raysegment.climate.regrid import regrid, to_spacing
 from raysegment.climate.rules import Rules, parse_rules, remedy_for
 from raysegment.elastic.checkpoints import read_checkpoint
 from raysegment.networks import build
+from raysegment.networks.blocks import anchor, turn
 
 SPACING_TOLERANCE = 0.1  # a grid within a tenth of the training spacing is fed as it is
-TILE_MARGIN = 64  # cells; see `tiles`
-MOST_CELLS, TILE = 1_200_000, (512, 1024)  # maps of more cells are labelled in pieces of this size
+MOST_CELLS, TILE = 1_200_000, (512, 1024)  # maps of more cells are labelled in pieces of this size, and a margin
 HALO_CELLS = 32  # what is added on each side where a width does not divide, or a map does not close the circle
 
 
 class Labeller(Protocol):
     """Fields (16, H, W) on a grid → mask (H, W) uint8 and, from networks, class probabilities (3, H, W)."""
 
+    gives_probabilities: ClassVar[bool]
+
     @property
     def name(self) -> str: ...
 
-    @property
-    def gives_probabilities(self) -> bool: ...
-
     def needs(self, path: Path, available: frozenset[str], has_ivt: bool) -> Collection[str]:
-        """Names of the channels that must be there, of a file that gives these (and a map of IVT); BadInput if too few."""
+        """Of a file that gives these channels (and a map of IVT), which are read (and "IVT"); BadInput if it gives too few."""
         ...
 
     def label(self, fields: NDArray, grid: Grid, ivt: NDArray | None = None) -> tuple[NDArray[np.uint8], NDArray | None]: ...
@@ -62,7 +62,7 @@ class RulesLabeller:
         if missing:
             got = f"no {', no '.join(missing)} (and {'a' if has_ivt else 'no'} map of IVT)"
             raise BadInput(path, f"the channels of {self.name}", got, remedy_for(available, has_ivt))
-        return self.rules.needs & available
+        return self.rules.reads(has_ivt) & {*available, IVT}
 
     def label(self, fields: NDArray, grid: Grid, ivt: NDArray | None = None) -> tuple[NDArray[np.uint8], NDArray | None]:
         return self.rules.label(fields, grid, ivt), None
@@ -88,7 +88,8 @@ class NetworkLabeller:
     """A checkpoint as a labeller: it takes the network's channels out of the 16 by name.
 
     Maps of another spacing are regridded to the network's own, and the probabilities back. Maps larger than `tile` (rows,
-    columns; without it, of more than MOST_CELLS) are labelled in pieces that overlap (see `tiles`).
+    columns; without it, of more than MOST_CELLS) are labelled in pieces that overlap (see `tiles`), with the same result.
+    A network that sees the whole map at once is given whole maps.
     """
 
     checkpoint: Path | Place
@@ -129,23 +130,26 @@ class NetworkLabeller:
         normal = (torch.from_numpy(np.ascontiguousarray(fields, np.float32)) - own.mean) / own.std
         multiple = int(own.network.multiple)  # pyright: ignore[reportArgumentType]
         padded, rows, columns = _pad(normal[None], multiple, periodic)
-        closed = periodic and columns.start == 0
-        whole = self.tile is None and padded.shape[-1] * padded.shape[-2] <= MOST_CELLS
-        tiling = None if whole else _tiling(self.tile or TILE, multiple)
-        result = self._classify(padded).numpy() if tiling is None else blended(padded, tiling, closed, self._classify)
-        return result[:, rows, columns]
+        whole = own.network.reach is None or (self.tile is None and padded.shape[-1] * padded.shape[-2] <= MOST_CELLS)
+        result = self._classify(padded) if whole else self._classify_pieces(padded)
+        return result[:, rows, columns].numpy()
 
-    def _classify(self, padded: torch.Tensor) -> torch.Tensor:
-        """Normalised fields (1, C, h, w) → probabilities (3, h, w)."""
+    def _classify_pieces(self, padded: torch.Tensor) -> torch.Tensor:
+        """The same as `_classify`, piece by piece. Strides begin where they would in the whole map, which to the network goes
+        on around the circle, whether or not the source does."""
+        network = self._loaded.network
+        multiple, reach = int(network.multiple), int(network.reach)  # pyright: ignore[reportArgumentType]
+        columns = anchor(padded, multiple)
+        infer = lambda piece: self._classify(piece, torch.zeros_like(columns))
+        result = torch.from_numpy(blended(turn(padded, columns), Tiling.of(self.tile or TILE, reach, multiple), True, infer))
+        return turn(result[None], -columns)[0]
+
+    def _classify(self, padded: torch.Tensor, columns: torch.Tensor | None = None) -> torch.Tensor:
+        """Normalised fields (1, C, h, w) → probabilities (3, h, w); `columns` as the network has them."""
         own = self._loaded
         with torch.autocast("cpu", torch.bfloat16):
-            logits = own.network(padded.contiguous(memory_format=torch.channels_last))
+            logits = own.network(padded.contiguous(memory_format=torch.channels_last), columns)
         return without_weights(logits[0].float().softmax(0), own.weights)
-
-
-def _tiling(tile: tuple[int, int], multiple: int) -> Tiling:
-    rows, columns, margin = (-(-size // multiple) * multiple for size in (*tile, TILE_MARGIN))
-    return Tiling(rows, columns, margin, multiple)
 
 
 def without_weights(probabilities: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:

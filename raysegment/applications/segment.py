@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import cftime
 import ray.data
 import torch
 
@@ -171,10 +172,20 @@ def _header(group: Group, labeller: Labeller) -> tuple[Axes, list, Bounds | None
                 raise BadInput(path, f"the grid of {group.sources[0]}", "another one", remedy)
             chosen = range(source.count) if places is None else places
             times += [source.times[place] for place in chosen]
+            _check_calendar(path, times)
             have = source.time_bounds
             bounds += [have[place] for place in chosen] if have is not None else []
     assert axes is not None, group
     return axes, times, bounds if len(bounds) == len(times) else None
+
+
+def _check_calendar(path: Path, times: Sequence[cftime.datetime | None]) -> None:
+    """Raise unless all times that are known are of one calendar: a mask file has one time axis."""
+    calendars = dict.fromkeys(time.calendar for time in times if time is not None)
+    if len(calendars) > 1:
+        first, other = list(calendars)[:2]
+        remedy = "Segment archives of several calendars one by one, or use --layout source"
+        raise BadInput(path, f"the calendar {first} of the files before it", other, remedy)
 
 
 def _note(report: SegmentReport, row: dict) -> None:
@@ -187,12 +198,17 @@ def _note(report: SegmentReport, row: dict) -> None:
 
 
 def _claim(out: Path, labeller: Labeller, config: SegmentConfig) -> None:
-    """Marks `out` as this labeller's, so that masks of two labellers or layouts never mix under a resumed run."""
+    """Marks `out` as this labeller's, so that masks of two labellers or layouts never mix under a resumed run.
+
+    What writers that were killed left half-written goes.
+    """
     out.mkdir(parents=True, exist_ok=True)
     marker = out / MARKER
     claim = {"labeller": labeller.name, "probabilities": config.probabilities, "artmip": config.artmip, "layout": config.layout}
     if marker.exists() and (held := json.loads(marker.read_text())) != claim:
         raise BadInput(out, f"an empty folder or masks of {claim}", held, "Choose another --out, or delete this one.")
+    for left in out.glob(".*.tmp"):
+        left.unlink(missing_ok=True)
     temporary = marker.with_name(f".{MARKER}.{os.getpid()}.tmp")
     temporary.write_text(json.dumps(claim))
     temporary.replace(marker)

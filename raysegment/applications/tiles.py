@@ -1,13 +1,13 @@
 """A map computed in pieces that overlap, so that no map is too large for the memory, and no border of a piece shows.
 
-A piece is a core and a margin around it, round the circle where the map closes it. Neighbours fade into each other over
-half a margin about the border of their cores; farther out than a quarter of the margin a piece does not count:
+A piece is a core and a margin around it, round the circle where the map closes it. Neighbours fade into each other about
+the border of their cores; farther out than half of the fade a piece does not count:
 
     weight   0 … 0 ╱ 1 … 1 ╲ 0 … 0        the slopes of two neighbours are over the same cells and sum to one
                margin │ core │ margin
 
-A network that sees no farther than three quarters of the margin gives the same as on the whole map; of one that does (or
-has a mean over the whole map) the result changes with the pieces, without steps.
+The margin is what the network sees and half of the fade besides, so that pieces give the same as the whole map, whatever
+their size. A network that takes a mean over the whole map cannot be given pieces of it.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from numpy.typing import NDArray
+
+FADE = 32  # cells over which neighbours fade into each other, or half a margin where that is less
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,12 @@ class Tiling:
         for value in (self.rows, self.columns, self.margin):
             assert value > 0 == value % self.multiple, self
 
+    @staticmethod
+    def of(tile: tuple[int, int], reach: int, multiple: int) -> Tiling:
+        """Cores of about `tile` cells for a network that sees `reach` cells far and strides over `multiple`."""
+        rows, columns, margin = (-(-size // multiple) * multiple for size in (*tile, reach + FADE // 2))
+        return Tiling(rows, columns, margin, multiple)
+
 
 @dataclass(frozen=True, eq=False)
 class Side:
@@ -43,16 +51,20 @@ class Side:
 
 
 def sides(size: int, core: int, margin: int, closed: bool) -> Iterator[Side]:
-    """The pieces along an axis of `size` cells that closes a circle or does not; the weights of all at a cell sum to one."""
-    if size <= core + (0 if closed else margin):
+    """The pieces along an axis of `size` cells that closes a circle or does not; one where a piece would cover all.
+
+    The weights of all at a cell sum to one, but where a last core is shorter than the fade.
+    """
+    if size <= core + 2 * margin:
         yield Side(np.arange(size), np.ones(size, np.float32))
         return
+    fade = min(FADE, margin / 2)
     for start in range(0, size, core):
         stop = min(start + core, size)
         low, high = start - margin, stop + margin
         cells = np.arange(low if closed else max(low, 0), high if closed else min(high, size))
-        rise = np.clip((cells + 0.5 - start) / (margin / 2) + 0.5, 0.0, 1.0)
-        fall = np.clip((stop - cells - 0.5) / (margin / 2) + 0.5, 0.0, 1.0)
+        rise = np.clip((cells + 0.5 - start) / fade + 0.5, 0.0, 1.0)
+        fall = np.clip((stop - cells - 0.5) / fade + 0.5, 0.0, 1.0)
         rise, fall = (rise if closed or start else np.ones_like(rise)), (fall if closed or stop < size else np.ones_like(fall))
         yield Side(cells % size, (rise * fall).astype(np.float32))
 

@@ -16,6 +16,10 @@ _GEOPOTENTIAL = {"Z1000", "Z200", "PHIS_M"}
 _PAIRS = (("UBOT", "VBOT"), ("U850", "V850"))  # both components of a wind come from one level
 _DEWPOINT_NAMES = (Alias("d2m", "ERA5", "K"), Alias("2d", "ERA5", "K"))
 DEWPOINT = Channel("D2M", "K", "dew point at 2 m", 130.0, 330.0, 278.0, 20.0, _DEWPOINT_NAMES)
+IVT = "IVT"  # how the vapour transport is asked for, beside the names of channels
+# What else is read for a channel: the below-ground rule, and how to tell whether the file's maker applied it (see `ground`)
+_BESIDE = {"U850": ("UBOT", "PS"), "V850": ("VBOT", "U850", "UBOT", "PS"),
+           "Z1000": ("ZBOT", "PS", "PSL", "TREFHT", "U850", "UBOT")}  # fmt: skip
 _AS_WRITTEN = "kg kg-1 m-1 s-1"  # what files made from MERRA-2 say
 
 
@@ -68,6 +72,14 @@ class Plan:
         """Names of the channels that the file gives."""
         derived = {"ZBOT": self.zbot, "QREFHT": self.dewpoint is not None}
         return frozenset(self.recipes) | {name for name, possible in derived.items() if possible}
+
+    def only(self, wanted: Collection[str]) -> Plan:
+        """The part of the plan that gives the wanted channels (and IVT), with what is read beside them."""
+        names = set(wanted).union(*(_BESIDE.get(name, ()) for name in wanted))
+        zbot, dewpoint = self.zbot and "ZBOT" in names, self.dewpoint if "QREFHT" in names else None
+        names |= ({"TREFHT"} if zbot else set()) | ({"PS"} if dewpoint is not None else set())
+        recipes = {name: recipe for name, recipe in self.recipes.items() if name in names}
+        return Plan(recipes, dewpoint, zbot, self.transport if IVT in names else ())
 
     @property
     def names(self) -> list[str]:

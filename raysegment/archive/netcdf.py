@@ -126,7 +126,11 @@ class NetcdfFile:
         named = None if time is None else self._data.variables.get(text(time, "bounds"))
         if time is None or named is None or named.shape != (self.count, 2) or None in self.times:
             return None
-        ends = times.decode(self.path, _values(named).ravel(), text(time, "units"), text(time, "calendar") or "standard")
+        values = _values(named).ravel()
+        if not np.isfinite(values).all():
+            return None
+        units = text(named, "units") or text(time, "units")
+        ends = times.decode(self.path, values, units, text(time, "calendar") or "standard")
         return tuple(zip(ends[::2], ends[1::2], strict=True))
 
     def _time_of_name(self, variable: Stored, word: str):

@@ -28,7 +28,8 @@ SUFFIXES = (".nc", ".nc4", ".cdf", ".netcdf", ".h5", ".hdf5")
 _NOT_SOURCES = (".mask.nc", ".artmip.nc")  # what this project writes beside sources
 _NOT_SAMPLES = ("stats.h5",)  # DeepCAM keeps its statistics in the same folder
 LabelMap = int | str  # one of several label maps by number, or how they become one: a rule of CONSENSUS
-# Of a file: which of the channels that it gives, with or without a map of IVT, are needed; BadInput when it gives too few
+# Of a file: which of the channels that it gives, with or without a map of IVT, are needed (and "IVT" where that is wanted);
+# BadInput when it gives too few
 Needs = Callable[[Path, frozenset[str], bool], Collection[str]]
 _PER_GRAVITY = 1.0 / GRAVITY_M_S2
 OROGRAPHY = Channel("PHIS_M", "m", "height of the surface", -600.0, 9000.0, 0.0, 1000.0, (
@@ -41,8 +42,8 @@ OROGRAPHY = Channel("PHIS_M", "m", "height of the surface", -600.0, 9000.0, 0.0,
 class Snapshot:
     """`fields (16, H, W)` float32 in SI units and `mask (H, W)` uint8 (None without labels) on the canonical grid.
 
-    From a file opened for a part of the channels, those that it does not give are NaN, and `ivt (H, W)` is the file's own
-    vapour transport (kg m⁻¹ s⁻¹, NaN where it has no value), None where it has none.
+    From a file opened for a part of the channels, the others are NaN, and `ivt (H, W)` is the file's own vapour transport
+    (kg m⁻¹ s⁻¹, NaN where it has no value), None where it has none or nobody asked for it.
 
     `axes` are those of the file, `time` is None where the file does not say (then `time_label` shows what it says
     instead), `index` is the place in the file `source`.
@@ -96,7 +97,8 @@ class Source:
     """An archive file open for reading, one snapshot at a time; a context manager.
 
     `layout` is one of LAYOUTS; `times` holds None where unknown. It travels between processes as its path: the other
-    side opens the file anew. With `needs` a file may lack channels, and its own IVT is read; without, it must give all 16.
+    side opens the file anew. With `needs` only what they name is read, and the rest may be
+    missing; without, all 16 must be there.
     """
 
     def __init__(self, path: str | Path, below_ground: bool = True, label_map: LabelMap = 0, needs: Needs | None = None):
@@ -104,10 +106,11 @@ class Source:
         self._with_masks, self._spare = True, None
         self._file = open_maps(path)
         try:
-            self._plan = None if isinstance(self._file, DeepcamFile) else self._planned(self._file.variables())
             self._label_maps = self._file.label_maps()
             self._check_label_map()
-            self.layout = self._layout()
+            self._plan, self.layout = None, "deepcam"
+            if isinstance(self._file, NetcdfFile):
+                self._plan, self.layout = self._planned(self._file, self._file.variables())
         except BaseException:
             self.close()
             raise
@@ -158,7 +161,7 @@ class Source:
         if not 0 <= index < self.count:
             raise IndexError(f"{self.path}: snapshot {index} of {self.count}")
         fields, when, absent = self._fields(index), self.time_labels[index], self._absent
-        if self.below_ground and self.layout == "cf" and not ground.follows_below_ground(fields):
+        if self._may_be_buried(*ground.BURIED) and not ground.follows_below_ground(fields):
             check_fields(self.path, fields, when, (*ground.BURIED, *absent))  # CMIP6 has no value there below ground
             fields = ground.apply_below_ground(fields, self._orography_m(index, fields))
         check_fields(self.path, fields, when, absent)
@@ -202,30 +205,27 @@ class Source:
         rules = {"ZBOT": f"{ground.ZBOT_M_PER_K} m/K x TREFHT", "QREFHT": "dew point and surface pressure"}
         return {name: _spoken(recipes[name]) if name in recipes else rules[name] for name in NAMES if name not in self._absent}
 
-    def _planned(self, variables: Mapping[str, Variable]) -> Plan:
-        """Where the channels are; BadInput where one that is needed is not."""
+    def _planned(self, file: NetcdfFile, variables: Mapping[str, Variable]) -> tuple[Plan, str]:
+        """Where the channels that are needed are, and the layout; BadInput where one is not."""
         how = plan(self.path, variables)
         needed = NAMES if self._needs is None else self._needs(self.path, how.channels, bool(how.transport))
         demand(self.path, how, variables, needed)
-        return how
+        return how.only(needed), self._layout_of(file, how)
 
     @property
     def _absent(self) -> tuple[str, ...]:
-        """Channels that the file does not give."""
+        """Channels that the file does not give, or that nobody needs."""
         return () if self._plan is None else tuple(name for name in NAMES if name not in self._plan.channels)
 
     def _check_label_map(self) -> None:
         if self.label_map:
             check_label_map(self.path, self.label_map, self._label_maps)
 
-    def _layout(self) -> str:
-        if self._plan is None:
-            return "deepcam"
-        assert isinstance(self._file, NetcdfFile)
-        own_names = all(recipe.group == "CAM" for recipe in self._plan.recipes.values())
-        if own_names and (self._file.string_time or self.has_mask):
+    def _layout_of(self, file: NetcdfFile, how: Plan) -> str:
+        own_names = all(recipe.group == "CAM" for recipe in how.recipes.values())
+        if own_names and (file.string_time or self.has_mask):
             return "climatenet"
-        return "cam" if own_names and self._file.made_by_cam() else "cf"
+        return "cam" if own_names and file.made_by_cam() else "cf"
 
     def _fields(self, index: int) -> NDArray[np.float32]:
         if self._plan is None:
@@ -243,18 +243,26 @@ class Source:
         """Everything that a snapshot may need."""
         assert self._plan is not None
         assert isinstance(self._file, NetcdfFile)
-        below = find(self.path, OROGRAPHY, self._file.variables()) if self.below_ground and self.layout == "cf" else None
-        own = self._plan.transport if self._needs is not None else ()
-        return [*self._plan.recipes.values(), *own, *(one for one in (self._plan.dewpoint, below) if one is not None)]
+        below = find(self.path, OROGRAPHY, self._file.variables()) if self._may_be_buried("Z1000") else None
+        more = (one for one in (self._plan.dewpoint, below) if one is not None)
+        return [*self._plan.recipes.values(), *self._plan.transport, *more]
+
+    def _may_be_buried(self, *names: str) -> bool:
+        """True when the below-ground rule is for this file and one of these channels is read."""
+        return self.below_ground and self.layout == "cf" and not set(names) <= set(self._absent)
 
     def _transport(self, index: int) -> NDArray[np.float32] | None:
         """The file's own IVT (H, W), where it is wanted and there."""
-        if self._needs is None or self._plan is None or not self._plan.transport:
+        if self._plan is None or not self._plan.transport:
             return None
         parts = [self._cook(recipe, index) for recipe in self._plan.transport]
         kinds = (TRANSPORT,) if len(parts) == 1 else TRANSPORT_PARTS
         for kind, part in zip(kinds, parts, strict=True):
             _check_range(self.path, np.nan_to_num(part, nan=0.0), kind, self.time_labels[index])
+        if not any(np.isfinite(part).any() for part in parts):
+            names = ", ".join(recipe.variable for recipe in self._plan.transport)
+            expected = f"values of {names} at {self.time_labels[index]}"
+            raise BadInput(self.path, expected, "none (all missing)", "Leave this file out")
         return magnitude(parts).astype(np.float32)
 
     def _derive(self, how: Plan, fields: NDArray[np.float32], index: int) -> None:
@@ -276,6 +284,8 @@ class Source:
     def _orography_m(self, index: int, fields: NDArray[np.float32]) -> NDArray:
         """Height of the surface (H, W): the file's, hydrostatic from PS and PSL where it has none."""
         assert isinstance(self._file, NetcdfFile)
+        if not self._may_be_buried("Z1000"):
+            return np.zeros(self.axes.grid.shape)  # which has no part in the winds
         estimate = ground.estimate_orography_m(fields)
         recipe = find(self.path, OROGRAPHY, self._file.variables())
         if recipe is None:
@@ -297,7 +307,7 @@ def open_source(path: str | Path, below_ground: bool = True, label_map: LabelMap
     `below_ground` applies `ground.apply_below_ground` to archives that extrapolate pressure levels below the ground
     (layout "cf"; CAM-made files follow the rule already). `label_map` chooses among several label maps per time
     (several people, or DeepCAM's `labels_0` and `labels_1`), or is the rule by which they become one (CONSENSUS). `needs`
-    says of what channels and IVT the file gives which are needed; all 16 are unless it is given.
+    says of the channels and IVT that the file gives which are needed; all 16 are unless it is given.
     """
     return Source(path, below_ground, label_map, needs)
 

@@ -69,9 +69,22 @@ class Rules:
 
     def missing(self, available: Collection[str], has_ivt: bool = False) -> tuple[str, ...]:
         """The channels that are needed and not available, in the order of the 16; none when the rules can work."""
-        instead = has_ivt and self.rivers is not None and RIVER_PRESETS[self.rivers].can_use_ivt
-        needs = self._cyclone_needs if instead else self.needs
+        needs = self._cyclone_needs if self._takes(has_ivt) else self.needs
         return tuple(name for name in NAMES if name in needs and name not in available)
+
+    def reads(self, has_ivt: bool) -> frozenset[str]:
+        """Names of the channels that have a part in the mask, and "IVT" where it takes the place of its stand-in.
+
+        A rule about direction reads the wind even then, where there is one.
+        """
+        if not self._takes(has_ivt):
+            return self.needs
+        assert self.rivers is not None
+        directed = np.isfinite(RIVER_PRESETS[self.rivers].max_turn_deg)
+        return frozenset({"IVT"}) | (self.needs if directed else self._cyclone_needs)
+
+    def _takes(self, has_ivt: bool) -> bool:
+        return has_ivt and self.rivers is not None and RIVER_PRESETS[self.rivers].can_use_ivt
 
     @property
     def _cyclone_needs(self) -> frozenset[str]:

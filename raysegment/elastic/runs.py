@@ -2,7 +2,7 @@
 
 config.yaml     the resolved configuration
 steps.jsonl     one line per step, each step once, in order (written by the roster)
-events.jsonl    generations, losses, failures, injected faults, checkpoints (written by whoever it happens to)
+events.jsonl    the environment, generations, losses, failures, injected faults, checkpoints (written by whoever it happens to)
 roster.json     the newest generation and its members, so that numbers of generations never go back
 run.json        the run's own identity
 checkpoints/    see `checkpoints`
@@ -14,11 +14,15 @@ from __future__ import annotations
 import json
 import math
 import os
+import platform
 import statistics
+import subprocess
 import time
 import uuid
 from collections import Counter
 from collections.abc import Mapping
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +33,7 @@ from raysegment.climate.checks import BadInput
 from raysegment.elastic.settings import TrainConfig, other_values, plain
 
 CAUSES = ("load_s", "compute_s", "exchange_s", "optimizer_s", "checkpoint_s")
+_PACKAGES = ("raysegment", "ray", "torch", "numpy", "scipy", "pyarrow", "netCDF4", "h5py", "safetensors")
 _SHARES = (0.16, 0.5, 0.84)
 
 
@@ -65,6 +70,8 @@ class Run:
             self._check_same(config)
         with committed(self.config) as temporary:
             temporary.write_text(yaml.safe_dump(plain(config), sort_keys=False))
+        if not self.summary.exists():
+            self.event("environment", **environment())
 
     def _check_same(self, config: TrainConfig) -> None:
         try:
@@ -125,6 +132,27 @@ class Run:
 
     def read_events(self) -> list[dict[str, Any]]:
         return read_lines(self.events)[0]
+
+
+def environment() -> dict[str, Any]:
+    """What a result also depends on: the package's git revision ("" where it is none's), Python, platform, versions."""
+    versions = {}
+    for name in _PACKAGES:
+        with suppress(PackageNotFoundError):
+            versions[name] = version(name)
+    return {"git": _revision(), "python": platform.python_version(), "platform": platform.platform(), "packages": versions}
+
+
+def _revision() -> str:
+    """The commit of the sources that run, with + where they differ from it."""
+    root = Path(__file__).resolve().parents[2]
+    if not (root / ".git").exists():  # installed; a repository further up is somebody else's
+        return ""
+    asked = ["git", "-C", str(root), "describe", "--always", "--abbrev=40", "--match=", "--dirty=+"]
+    try:
+        return subprocess.run(asked, capture_output=True, text=True, timeout=10).stdout.strip()
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
 
 
 class StepLog:

@@ -174,9 +174,10 @@ class Decoder(nn.Module):
 
 
 class DeepLab(nn.Module):
-    """`fields (B, C, H, W)` → `logits (B, K, H, W)`; H and W divide by 8."""
+    """`fields (B, C, H, W)` → `logits (B, K, H, W)`; H and W divide by 8. Every logit sees the whole map, through its mean."""
 
     multiple = 8
+    reach = None
 
     def __init__(self, channels: int, classes: int, config: DeepLabConfig, norm: str, momentum: float, pole: str):
         super().__init__()
@@ -186,9 +187,10 @@ class DeepLab(nn.Module):
         self.pyramid = Pyramid(self.encoder.outputs, 4 * config.width, config.rates, kind)
         self.decoder = Decoder(channels, classes, config, kind)
 
-    def forward(self, fields: Tensor) -> Tensor:
+    def forward(self, fields: Tensor, columns: Tensor | None = None) -> Tensor:
+        """`columns (B,)`: where the strides start, if not where `anchor` says."""
         check_size(fields.shape[2], fields.shape[3], self.multiple)
-        columns = anchor(fields, self.multiple)
+        columns = anchor(fields, self.multiple) if columns is None else columns
         entered = enter(turn(fields, columns), self.engine, self.pole)  # (B, C, H, W)
         again = self.checkpointing
         maps, low = recomputed(self.encoder, again, self.encoder, entered)  # (B, 32·width, H/8, W/8), (B, width, H/4, W/4)

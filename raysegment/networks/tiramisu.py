@@ -59,11 +59,15 @@ class DenseBlock(nn.Module):
 
 
 class Tiramisu(nn.Module):
-    """`fields (B, C, H, W)` → `logits (B, K, H, W)`; H and W divide by `multiple`."""
+    """`fields (B, C, H, W)` → `logits (B, K, H, W)`; H and W divide by `multiple`.
+
+    What is farther than `reach` cells away, along either axis, has no part in a logit.
+    """
 
     def __init__(self, channels: int, classes: int, config: TiramisuConfig, kind: str, momentum: float, pole: str):
         super().__init__()
         self.multiple = 2 ** (len(config.blocks) - 1)
+        self.reach = _reach(config)
         self.engine, self.checkpointing, self.pole = "auto", False, pole
         self.logit_dropout = config.dropout if config.dropout_on_logits else 0.0
         bias, drop = kind != "batch", config.dropout
@@ -90,9 +94,10 @@ class Tiramisu(nn.Module):
             width = layers * config.growth
         self.leave = Conv(inputs + width, classes, 1, bias=True)
 
-    def forward(self, fields: Tensor) -> Tensor:
+    def forward(self, fields: Tensor, columns: Tensor | None = None) -> Tensor:
+        """`columns (B,)`: where the strides start, if not where `anchor` says (a piece starts where its map does)."""
         check_size(fields.shape[2], fields.shape[3], self.multiple)
-        columns = anchor(fields, self.multiple)
+        columns = anchor(fields, self.multiple) if columns is None else columns
         entered = enter(turn(fields, columns), self.engine, self.pole)  # (B, C, H, W)
         maps = [self.enter(entered)]  # (B, first, H, W)
         skips: list[list[Map]] = []
@@ -106,3 +111,11 @@ class Tiramisu(nn.Module):
             new = recomputed(block, self.checkpointing, block, maps)  # (B, n·growth, H/2ⁱ, W/2ⁱ)
         logits = self.leave(*maps, *new)  # (B, n·growth + skip + n·growth, H, W) → (B, K, H, W)
         return turn(drop(logits, self.logit_dropout, self.training), -columns)
+
+
+def _reach(config: TiramisuConfig) -> int:
+    """Half of what a logit sees, in cells of the map: each of n k×k layers at stride s adds s·(k − 1)/2, on the way down and up,
+    each transposed convolution a cell of the coarser map."""
+    half, bottom = config.kernel // 2, len(config.blocks) - 1
+    layers = sum(2 * count * half * 2**level for level, count in enumerate(config.blocks[:-1]))
+    return half + layers + config.blocks[-1] * half * 2**bottom + sum(2 ** (level + 1) for level in range(bottom))
