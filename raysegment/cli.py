@@ -45,6 +45,12 @@ from raysegment.applications.mask_layout import LAYOUTS
 from raysegment.applications.mllog import mlperf_lines
 from raysegment.applications.pictures import draw_files
 from raysegment.applications.report import read_history, report
+from raysegment.applications.scale import MODEL, Table, model_of, needed, scale_check, scale_fit, scale_plan, scale_predict
+from raysegment.applications.scale_calibrate import CalibrateConfig, calibrate
+from raysegment.applications.scale_calibrate import lines as calibrate_lines
+from raysegment.applications.scaling.goodput import Faults
+from raysegment.applications.scaling.machines import PRECISIONS as MACHINE_PRECISIONS
+from raysegment.applications.scaling.predict import Query
 from raysegment.applications.segment import SegmentConfig, segment
 from raysegment.applications.strikes import KINDS
 from raysegment.applications.synthesize import synthesize
@@ -618,6 +624,69 @@ def _cluster(options: argparse.Namespace, console: Console) -> dict[str, Any]:
     return {"system": system, "out": options.out, "lines": text.count("\n")}
 
 
+# ---------------------------------------------------------------- scale
+
+
+def _scale_options(sub: argparse.ArgumentParser) -> None:
+    what = (
+        "fit: points of a CSV file to a model; predict: throughput; plan: hours, files, what limits; calibrate: "
+        "this cluster, measured into a machine file; check: the model against points it did not see and the runs of 2018"
+    )
+    keys = "fit, check: points; plan: faults, e.g. per_gpu_hour=2e-5 back_s=60; calibrate: name=here members=2"
+    sub.add_argument("what", choices=("fit", "predict", "plan", "calibrate", "check"), help=what)
+    sub.add_argument("options", nargs="*", metavar="POINTS.csv | key=value", help=keys)
+    sub.add_argument("--out", type=Path, help="what fit and calibrate write (default: model.yaml, machine.yaml)")
+    sub.add_argument("--model", type=Path, help="a model (default: model.yaml here, else what is known of the 2018 system)")
+    sub.add_argument("--system", help="which system of the model's points")
+    sub.add_argument("--gpus", type=int, help="how many GPUs")
+    sub.add_argument("--local-batch", type=int, help="samples of a GPU in a step (default: as the system's largest point)")
+    sub.add_argument("--network", help="default: as the system's largest point")
+    sub.add_argument("--precision", choices=MACHINE_PRECISIONS, help="default: as the system's largest point")
+    sub.add_argument("--lag", type=int, default=0, help="steps that gradients are late, 0 or 1 (default: 0)")
+    sub.add_argument("--pictures", type=Path, metavar="DIR", help="check: draw scaling, shares and goodput into a folder")
+    sub.add_argument("--epochs", type=float, help="plan: how many (default: as many as the global batch needs)")
+    sub.add_argument("--checkpoint-s", type=float, help="plan: seconds training stands still for a checkpoint file")
+
+
+def _scale(options: argparse.Namespace, console: Console) -> dict[str, Any]:
+    result, tables = _scaled(options, console)
+    for each in tables:
+        table(each.title, each.columns, each.rows)
+    for warning in result.get("warnings", ()):
+        console.say(f"warning: {warning}")
+    return result
+
+
+def _scale_calibrate(options: argparse.Namespace, console: Console) -> tuple[dict[str, Any], list[Table]]:
+    settings = _configured(CalibrateConfig, None, options.options)
+    with console.phase("calibrate") as report:
+        result = calibrate(settings, options.out or Path("machine.yaml"), report)
+    return result, [Table(f"measured: {result['machine']}", ["what", "value"], calibrate_lines(result))]
+
+
+def _scaled(options: argparse.Namespace, console: Console) -> tuple[dict[str, Any], list[Table]]:
+    if options.what == "calibrate":
+        return _scale_calibrate(options, console)
+    path = Path(options.options[0]) if options.options else None
+    if options.what == "check":
+        return scale_check(path, options.pictures)
+    if options.what == "fit":
+        points = needed(path, "POINTS.csv", "Give a CSV file: system,machine,gpus,local_batch,samples_per_s,network,precision.")
+        result, shown = scale_fit(points, options.out or MODEL)
+        return result, [shown]
+    query = Query(
+        needed(options.system, "--system", "Name a system of the model's points."),
+        needed(options.gpus, "--gpus", "Say how many GPUs."),
+        options.local_batch, options.network, options.precision, options.lag,
+    )  # fmt: skip
+    if options.what == "predict":
+        result, shown = scale_predict(model_of(options.model), query)
+    else:
+        faults = _configured(Faults, None, options.options)
+        result, shown = scale_plan(model_of(options.model), query, options.epochs, faults, options.checkpoint_s)
+    return result, [shown]
+
+
 # ---------------------------------------------------------------- configuration
 
 
@@ -686,6 +755,8 @@ VERBS = (
          _report_options, _report),
     Verb("cluster", "job scripts for Slurm and LSF, manifests for Kubernetes; nodes awaited and drained",
          "raysegment cluster render slurm run=inspect nodes=4 min=2 gpus=8", _cluster_options, _cluster),
+    Verb("scale", "throughput, time and goodput on GPUs nobody has measured, from points on few",
+         "raysegment scale predict --model model.yaml --system juwels_v1 --gpus 2048", _scale_options, _scale),
     Verb("inspect", "what an archive file, shard set, mask, checkpoint or run holds", "raysegment inspect shards",
          _inspect_options, _inspect),
 )  # fmt: skip

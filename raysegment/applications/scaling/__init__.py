@@ -1,0 +1,1 @@
+"""From measured points on few GPUs to throughput, time and goodput on many: pure functions of frozen values."""
