@@ -5,11 +5,16 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+import netCDF4
 import numpy as np
 import pytest
 import torch
 
 from raysegment.applications.labellers import NetworkLabeller, _pad, parse_labeller, without_weights
+from raysegment.applications.mask_layout import Group
+from raysegment.applications.segment import BadSource, SegmentConfig, label_group
+from raysegment.archive.masks import read_masks, read_probabilities
+from raysegment.archive.snapshots import open_source
 from raysegment.climate.channels import CLASSES, INDEX, NAMES
 from raysegment.climate.checks import BadInput
 from raysegment.climate.grid import Grid
@@ -20,6 +25,7 @@ from raysegment.learning.metrics import confusion, iou
 from raysegment.learning.optim import OptimConfig
 from raysegment.learning.step import LearnConfig
 from raysegment.networks import NetworkConfig, TiramisuConfig, build
+from tests import layouts
 from tests.small_archive import fields_and_mask
 from tests.small_training import config, write_shards
 from tests.training_members import alone
@@ -151,6 +157,28 @@ def test_a_network_of_some_channels_sees_those_and_no_others(tmp_path: Path) -> 
         fields[INDEX[name]] = fields[INDEX[name], ::-1]
         same = np.array_equal(some.probabilities(fields, SNAPSHOT.grid), known)
         assert same == (name not in ("TMQ", "PSL", "V850")), name
+
+
+def test_a_file_may_lack_what_the_network_does_not_read(tmp_path: Path) -> None:
+    """And what it lacks it is told by name; the mask is on the file's own grid, which is not the network's."""
+    made = labeller(write(tmp_path / "network", ("TMQ", "PSL")))
+    path = layouts.merra2(tmp_path / "x.nc")
+    with open_source(path) as source:
+        expected, _ = made.label(source.read(0).fields, layouts.GRID)
+    with netCDF4.Dataset(path, "a") as data:
+        for name in ("T500", "U850", "TS"):
+            data.renameVariable(name, f"not_{name}")
+        data["PS"][:] = np.nan
+    label_group(Group("x", ((path, None),)), made, tmp_path, SegmentConfig(probabilities=True))
+    masks, probabilities = read_masks(tmp_path / "x.mask.nc"), read_probabilities(tmp_path / "x.mask.nc")
+    assert np.array_equal(masks.masks[0], expected)
+    assert masks.axes.lon[0] == -180.0
+    assert probabilities is not None
+    assert np.array_equal(probabilities[0].argmax(0), expected)
+    wind = labeller(write(tmp_path / "wind", ("TMQ", "U850")))
+    with pytest.raises(BadSource) as caught:
+        label_group(Group("y", ((path, None),)), wind, tmp_path, SegmentConfig())
+    assert "none for U850" in caught.value.skipped.got
 
 
 @pytest.mark.parametrize("shape", [(24, 48), (36, 72)])

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import csv
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import netCDF4
@@ -19,6 +22,7 @@ from raysegment.climate.channels import RIVER
 from raysegment.climate.checks import BadInput
 from raysegment.climate.rules import parse_rules
 from raysegment.climate.synthetic import SyntheticConfig
+from tests import layouts
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("two_cpus")]
 CONFIG = SyntheticConfig(snapshots=5, height=36, width=72)
@@ -51,6 +55,68 @@ def test_masks_equal_the_labeller_and_a_second_run_skips_them(archive: Path, tmp
     again = segment([archive], "rules:default", tmp_path / "masks")
     assert (len(again.written), len(again.complete)) == (1, 4)
     assert {p: p.read_bytes() for p in (tmp_path / "masks").glob("*.nc")} == before
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from raysegment.applications.labellers import RulesLabeller
+from raysegment.applications.mask_layout import groups_of
+from raysegment.applications.segment import SegmentConfig, label_group
+from raysegment.archive.snapshots import list_sources
+from raysegment.climate.rules import parse_rules
+
+class Mortal(RulesLabeller):
+    def label(self, fields, grid, ivt=None):
+        LEFT.pop()
+        if not LEFT:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().label(fields, grid, ivt)
+
+LEFT = [None] * int(sys.argv[3])
+for group in groups_of(list_sources([sys.argv[1]]), sys.argv[4])[0]:
+    labeller = Mortal(parse_rules("rules:default"), "rules:default")
+    label_group(group, labeller, Path(sys.argv[2]), SegmentConfig(artmip=True, layout=sys.argv[4]))
+"""
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_killed_in_the_middle_and_run_again_gives_the_same_bytes(tmp_path: Path) -> None:
+    """A process dies in the second of two mask files, in its fourth snapshot of eight."""
+    archive, out, config = tmp_path / "archive", tmp_path / "out", SegmentConfig(artmip=True, layout="monthly")
+    archive.mkdir()
+    for day in (0, 40):
+        with netCDF4.Dataset(layouts.cam(archive / f"{day:02d}.nc"), "a") as data:
+            data["time"][:] = data["time"][:] + day
+    died = subprocess.run([sys.executable, "-c", KILLED, str(archive), str(out), "12", "monthly"], check=False, timeout=200)
+    assert died.returncode == -signal.SIGKILL
+    before = contents(out)
+    whole = {name for name in before if not name.endswith(".tmp")}
+    assert whole == {"1996-06.mask.nc", "1996-06.artmip.nc"}
+    assert len(before) == 4, "two half-written files lie there"
+    again = segment([archive], "rules:default", out, config)
+    assert (len(again.written), len(again.complete), again.snapshots) == (1, 1, 8)
+    segment([archive], "rules:default", tmp_path / "undisturbed", config)
+    assert contents(out) == contents(tmp_path / "undisturbed")
+    assert {name: contents(out)[name] for name in whole} == {name: before[name] for name in whole}
+
+
+def test_with_one_bad_file_its_month_is_not_written_and_all_of_it_is_said(tmp_path: Path) -> None:
+    archive, out = tmp_path / "archive", tmp_path / "out"
+    archive.mkdir()
+    for day in range(3):
+        with netCDF4.Dataset(layouts.cam(archive / f"{day}.nc", steps=1), "a") as data:
+            data["time"][:] = data["time"][:] + day
+            data["PSL"][:] = data["PSL"][:] if day else np.nan
+    with pytest.raises(BadInput, match=r"0\.nc.*PSL.*3 of 3 files are bad"):
+        segment([archive], "rules:default", out, SegmentConfig(layout="monthly", max_skipped=2))
+    rows = list(csv.DictReader((out / "skipped.csv").open()))
+    assert [(Path(row["file"]).name, "0.nc, which is bad" in row["got"]) for row in rows] == [
+        ("0.nc", False), ("1.nc", True), ("2.nc", True)]  # fmt: skip
+    assert not list(out.glob("*.mask.nc"))
 
 
 def test_artmip_files_stand_beside_the_masks(archive: Path, tmp_path: Path) -> None:

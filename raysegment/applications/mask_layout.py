@@ -1,6 +1,7 @@
 """Which snapshots of an archive go into which mask file: one file per source file, or per day, month or year.
 
-Days are the model calendar's. A group is known by its name alone, so a run that was cut off finds what is complete.
+Days are the model calendar's. A mask file says which sources are in it, so a run that was cut off finds what is complete, and
+one over more files than the last sees where some are to be added.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import Any
 
 from raysegment.archive.deepcam import open_maps
 from raysegment.archive.masks import mask_path
+from raysegment.archive.netcdf import NetcdfFile
 from raysegment.archive.skipped import Skipped
 from raysegment.climate.checks import BadInput
 
@@ -37,7 +39,22 @@ class Group:
 
     @property
     def sources(self) -> tuple[Path, ...]:
-        return tuple(path for path, _ in self.parts)
+        """Each once, in order of time."""
+        return tuple(dict.fromkeys(path for path, _ in self.parts))
+
+    @property
+    def source_names(self) -> str:
+        """As the mask file states them."""
+        return ", ".join(path.name for path in self.sources)
+
+    def is_complete(self, out: Path) -> bool:
+        """True when the mask file is there and, where several sources share it, holds the snapshots of all of them."""
+        file = self.file(out)
+        counts = [len(places) for _, places in self.parts if places is not None]
+        if not counts or not file.exists():
+            return file.exists()
+        with NetcdfFile(file) as held:
+            return (held.attribute("source"), held.count) == (self.source_names, sum(counts))
 
 
 def groups_of(paths: Sequence[Path], layout: str) -> tuple[list[Group], list[Skipped]]:

@@ -119,7 +119,7 @@ def scale_check(path: Path | None, pictures: Path | None = None) -> tuple[dict[s
     left = {"largest of each system": list(check.leave_largest(more))}
     left |= {f"all above {gpus} GPUs": check.leave_above(more, gpus) for gpus in _ABOVE if more}
     tables += [_left_table(name, rows) for name, rows in left.items() if rows]
-    drawn = [picture for query, _, _ in check.RUNS for picture in _draw(model, query, pictures)]
+    drawn = [picture for query, published, _ in check.RUNS for picture in _draw(model, query, published, pictures)]
     return {
         "pictures": drawn,
         "paper": {p.system: {"gpus": p.gpus, "efficiency": p.efficiency, "low": p.efficiency_low, "high": p.efficiency_high,
@@ -131,10 +131,10 @@ def scale_check(path: Path | None, pictures: Path | None = None) -> tuple[dict[s
     }, tables  # fmt: skip
 
 
-def _draw(model: Model, query: Query, folder: Path | None) -> list[str]:
+def _draw(model: Model, query: Query, published: float, folder: Path | None) -> list[str]:
     if folder is None:
         return []
-    return draw(model, query, job_of(where(model, query), predict(model, query).step_s, None), Faults(), folder)
+    return draw(model, query, published, job_of(where(model, query), predict(model, query).step_s, None), Faults(), folder)
 
 
 def _left_table(name: str, rows: list[Left]) -> Table:

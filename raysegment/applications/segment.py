@@ -80,13 +80,17 @@ def segment(
     paths, chosen, out = list_sources(sources), parse_labeller(labeller, config.tile), Path(out)
     groups, bad = groups_of(paths, config.layout)
     _claim(out, chosen, config)
-    report = SegmentReport(complete=[group.file(out) for group in groups if group.file(out).exists()], skipped=bad)
-    todo = [group for group in groups if not group.file(out).exists()]
+    report, todo = SegmentReport(skipped=bad), []
+    for group in groups:
+        if group.is_complete(out):
+            report.complete.append(group.file(out))
+        else:
+            todo.append(group)
     limit, total = allowed(config.max_skipped, len(paths)), len(groups) + len(bad)
     try:
         check_budget(report.skipped, len(paths), limit, out / SKIPPED)
         for row in _label_all(todo, chosen, out, config):
-            _note(report, row)
+            _note(report, row, todo[row["number"]])
             check_budget(report.skipped, len(paths), limit, out / SKIPPED)
             if progress:
                 progress(len(report.written) + len(report.complete) + len(report.skipped), total)
@@ -125,7 +129,7 @@ class _Worker:
         except BadSource as bad:
             snapshots, skipped = 0, bad.skipped
         busy_s = time.perf_counter() - started
-        return {"path": str(group.file(self.out)), "snapshots": snapshots, "busy_s": busy_s, **skipped.row()}
+        return {**row, "path": str(group.file(self.out)), "snapshots": snapshots, "busy_s": busy_s, **skipped.row()}
 
 
 class BadSource(Exception):
@@ -148,7 +152,7 @@ def _blamed(path: Path) -> Iterator[None]:
 def label_group(group: Group, labeller: Labeller, out: Path, config: SegmentConfig) -> int:
     """Writes one mask file; the number of snapshots in it. BadSource, and no file, when a source cannot be labelled."""
     axes, times, bounds = _header(group, labeller)
-    about = About(labeller.name, source=", ".join(dict.fromkeys(path.name for path in group.sources)))
+    about = About(labeller.name, source=group.source_names)
     probable = config.probabilities and labeller.gives_probabilities
     with MaskWriter(group.file(out), axes, times, about, probable, config.artmip, bounds) as writer:
         for path, places in group.parts:
@@ -188,9 +192,13 @@ def _check_calendar(path: Path, times: Sequence[cftime.datetime | None]) -> None
         raise BadInput(path, f"the calendar {first} of the files before it", other, remedy)
 
 
-def _note(report: SegmentReport, row: dict) -> None:
+def _note(report: SegmentReport, row: dict, group: Group) -> None:
+    """What became of a group. Without one of its sources a mask file is not written, so the others are not labelled either."""
     if row["expected"]:
         report.skipped.append(Skipped(row["file"], row["expected"], row["got"], row["remedy"]))
+        known, remedy = {skipped.file for skipped in report.skipped}, "Leave that one out, or use --layout source"
+        others, why = (str(path) for path in group.sources), (f"every source of {group.name}", f"{row['file']}, which is bad")
+        report.skipped += [Skipped(path, *why, remedy) for path in others if path not in known]
         return
     report.written.append(Path(row["path"]))
     report.snapshots += int(row["snapshots"])

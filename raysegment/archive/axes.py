@@ -32,6 +32,11 @@ class Axes:
                 got = f"shape {axis.shape}: {axis.ravel()[:4]}…"
                 raise ValueError(f"{name}: expected one axis of two or more finite degrees, got {got}")
         _ = self.grid  # Grid refuses what is not regular
+        _check_order("lat", self.lat, np.diff(self.lat) > 0)
+        _check_order("lon", self.lon, np.diff(self.lon) % 360.0 < 180.0)
+        turned = float(np.abs((np.diff(self.lon) + 180.0) % 360.0 - 180.0).sum())
+        if turned > 360.0 + 0.5 * self.grid.dlon:
+            raise ValueError(f"lon: expected columns once around the Earth, got {turned:g} degrees")
 
     @staticmethod
     def of(grid: Grid) -> Axes:
@@ -76,6 +81,14 @@ class Axes:
         """Canonical `array (…, H, W)` → the file's orientation, contiguous."""
         assert array.shape[-2:] == self.grid.shape, (array.shape, self.grid.shape)
         return np.ascontiguousarray(array[..., _index(np.argsort(self._rows)), :][..., _index(self._columns[1])])
+
+
+def _check_order(name: str, axis: NDArray, up: NDArray[np.bool_]) -> None:
+    """Raise unless the steps of an axis all go up or all go down."""
+    if up.any() and not up.all():
+        turn = int(np.flatnonzero(up != up[0])[0])
+        got = f"{', '.join(f'{value:g}' for value in axis[max(turn - 1, 0) : turn + 3])} from element {max(turn - 1, 0)} on"
+        raise ValueError(f"{name}: expected degrees that go one way, got {got}")
 
 
 def _index(order: NDArray[np.intp]) -> NDArray[np.intp] | slice:

@@ -28,7 +28,7 @@ ABLATIONS: tuple[tuple[str, frozenset[str], str, str | None], ...] = (
     ("no input", frozenset({"input"}), "best", None),
     ("no control plane", frozenset({"control"}), "best", None),
     ("nothing overlaps", frozenset({"overlap"}), "best", None),
-    ("hierarchical ring", frozenset({"overlap"}), "ring", None),
+    ("hierarchical ring, nothing overlaps", frozenset({"overlap"}), "ring", None),
     ("flat ring, nothing overlaps", frozenset({"overlap"}), "flat_ring", None),
     ("flat control plane", frozenset(), "best", "flat"),
 )

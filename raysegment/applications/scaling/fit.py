@@ -112,15 +112,17 @@ class Model:
         aims = np.random.default_rng(_SEED).standard_normal((DRAWS, len(q))) @ q
         z = self.best + np.linalg.solve(r, aims.T).T
         for _ in range(_ROUNDS):
-            off = _residuals(z, self.points, self.machines, self.names) @ q - aims
-            move = np.linalg.solve(r, off.T).T
+            move = np.linalg.solve(r, (self._residuals(z) @ q - aims).T).T
             z = z - move * np.minimum(1.0, _REACH / np.maximum(1e-12, np.linalg.norm(move, axis=1, keepdims=True)))
-        solved = np.linalg.norm(off, axis=1) < _SOLVED
+        solved = np.linalg.norm(self._residuals(z) @ q - aims, axis=1) < _SOLVED
         return z[solved]
 
     def rates(self, z: np.ndarray, system: str, precision: str) -> Rates:
         """The rates of a system for each row of z, (rows, parameters)."""
         return rates(z, self.names, system, self.machine_of(system), precision)
+
+    def _residuals(self, z: np.ndarray) -> np.ndarray:
+        return _residuals(z, self.points, self.machines, self.names)
 
     def at_prior(self, system: str) -> list[str]:
         """The rates of a system about which its points and all others say hardly more than the priors do."""
@@ -186,7 +188,7 @@ def fit(found: Sequence[Point]) -> Model:
     names = parameter_names(found, known)
     answer = least_squares(
         lambda z: _residuals(z[None], found, known, names)[0], np.zeros(len(names)),
-        jac=lambda z: _jacobian(z, found, known, names), method="trf", x_scale=1.0, max_nfev=200, xtol=1e-7, ftol=1e-9,
+        jac=lambda z: _jacobian(z, found, known, names), method="trf", x_scale=1.0, max_nfev=200, xtol=1e-7, ftol=1e-9,  # pyright: ignore[reportArgumentType]
     )  # fmt: skip
     z = dict(zip(names, answer.x.tolist(), strict=True))
     return Model(tuple(found), known, z, (*_unknown(known), *_unexplained(answer.fun[len(names) :], found)))

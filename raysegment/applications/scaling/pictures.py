@@ -19,12 +19,12 @@ _COLOURS = ("#4477aa", "#66ccee", "#ccbb44", "#ee6677", "#aa3377")
 _FACTORS = (0.1, 0.2, 0.4, 0.7, 1, 1.5, 2.5, 5, 10)  # of the best interval
 
 
-def draw(model: Model, query: Query, job: Job, faults: Faults, folder: Path) -> list[str]:
-    """Three pictures of one system: scaling, shares, goodput; their paths."""
+def draw(model: Model, query: Query, published: float, job: Job, faults: Faults, folder: Path) -> list[str]:
+    """Three pictures of one system: scaling (with the `published` efficiency), shares, goodput; their paths."""
     query = complete(model, query)
     sizes = sizes_to(query.gpus)
     weak = [predict(model, replace(query, gpus=gpus)) for gpus in sizes]
-    named = {"scaling": _scaling(model, query, weak), "shares": _shares(weak), "goodput": _goodput(job, faults)}
+    named = {"scaling": _scaling(model, query, weak, published), "shares": _shares(weak), "goodput": _goodput(job, faults)}
     return [_save(figure, folder / f"scaling-{query.system}-{name}.png") for name, figure in named.items()]
 
 
@@ -48,7 +48,7 @@ def _axes(title: str, x: str, y: str) -> Any:
     return axes
 
 
-def _scaling(model: Model, query: Query, weak: Sequence[Prediction]) -> Any:
+def _scaling(model: Model, query: Query, weak: Sequence[Prediction], published: float) -> Any:
     axes = _axes(f"{query.system}, {query.network}, {query.precision}", "GPUs", "samples/s per GPU")
     sizes = [one.gpus for one in weak]
     per_gpu = np.array([(one.low, one.samples_per_s, one.high) for one in weak]) / np.array(sizes)[:, None]
@@ -58,8 +58,9 @@ def _scaling(model: Model, query: Query, weak: Sequence[Prediction]) -> Any:
     held = strong(model, query, batch, sizes)
     axes.plot([one.gpus for one in held], [one.samples_per_s / one.gpus for one in held], "--", color=_COLOURS[3],
               label=f"strong: global batch {batch}")  # fmt: skip
-    mine = model.of(query.system)
+    mine = [p for p in model.of(query.system) if (p.network, p.precision) == (query.network, query.precision)]
     axes.plot([p.gpus for p in mine], [p.samples_per_s / p.gpus for p in mine], "ko", label="measured")
+    axes.plot(sizes[-1], published * per_gpu[0, 1], "r*", markersize=12, label="published, not seen by the fit")
     axes.set_xscale("log", base=2)
     axes.set_ylim(bottom=0)
     axes.legend()

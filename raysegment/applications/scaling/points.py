@@ -69,9 +69,9 @@ def _point(path: Path, row: dict[str, str], number: int) -> Point:
     where = f"{path}, point {number}"
     try:
         workload(row["network"].strip(), where)
-        words = {name: row[name].strip() for name in ("system", "machine", "network", "precision")}
-        counts = {name: int(row[name]) for name in ("gpus", "local_batch")}
-        return Point(**words, **counts, samples_per_s=float(row["samples_per_s"]))
+        system, machine, network, precision = (row[name].strip() for name in ("system", "machine", "network", "precision"))
+        rate = float(row["samples_per_s"])
+        return Point(system, machine, int(row["gpus"]), int(row["local_batch"]), rate, network, precision)
     except BadInput:
         raise
     except (ValueError, TypeError, AttributeError) as error:
