@@ -44,6 +44,7 @@ from raysegment.applications.maps import PALETTES, STANDARD
 from raysegment.applications.mask_layout import LAYOUTS
 from raysegment.applications.mllog import mlperf_lines
 from raysegment.applications.pictures import draw_files
+from raysegment.applications.projections import AUTO, PLATE_CARREE, PROJECTIONS
 from raysegment.applications.report import read_history, report
 from raysegment.applications.scale import MODEL, Table, model_of, needed, scale_check, scale_fit, scale_plan, scale_predict
 from raysegment.applications.scale_calibrate import CalibrateConfig, calibrate
@@ -410,6 +411,8 @@ def _map_options(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--index", type=int, default=0, help="which time of the file (default 0)")
     sub.add_argument("--out", type=Path, required=True, help="picture (.png, .pdf, .svg), or film (.gif; .mp4 by ffmpeg)")
     sub.add_argument("--colours", default=STANDARD, metavar="NAME", help=f"{' or '.join(PALETTES)} (default {STANDARD})")
+    shape = f"{', '.join(PROJECTIONS)}: of maps of the world; all but {PLATE_CARREE} with cartopy (default: robinson where it is)"
+    sub.add_argument("--projection", default=AUTO, metavar="NAME", help=shape)
     sub.add_argument("--fps", type=float, default=4.0, help="pictures a second of a film (default 4)")
     sub.add_argument("--every", type=int, default=1, help="of a film, only every N-th time (default 1)")
     what = "also counts by month (seasonal cycle of both hemispheres) and year"
@@ -429,18 +432,20 @@ def _drawn(options: argparse.Namespace, console: Console) -> dict[str, Any]:
         raise BadInput("--out", "a picture of densities (.png, .pdf, .svg)", options.out, "Leave out --density for a film")
     if is_film(options.out):
         with console.phase("film") as report:
-            sequence = options.field, options.colours, options.fps, options.every, report
+            sequence = options.field, options.colours, options.fps, options.every, options.projection, report
             picture, frames = draw_film(options.source, options.masks, options.out, *sequence)
         return {"picture": picture, "frames": frames}
     often = (Path(first).is_dir() and not options.masks) or Path(first).suffix in TABLES
     if options.density or often:
         with console.phase("density") as report:
-            return draw_density(options.masks or options.source, options.out, options.density, options.colours, report)
+            style = options.density, options.colours, options.projection
+            return draw_density(options.masks or options.source, options.out, *style, report)
     if len(options.source) > 1 or Path(first).is_dir():
         remedy = "Name one file, or write a film: --out film.gif"
         raise BadInput("map", "one source file for a picture", " ".join(options.source[:3]), remedy)
     chosen = options.field, options.index, options.tracks
-    return {"picture": draw_files(first, options.masks, options.out, *chosen, colours=options.colours)}
+    style = {"colours": options.colours, "projection": options.projection}
+    return {"picture": draw_files(first, options.masks, options.out, *chosen, **style)}
 
 
 def _inspect_options(sub: argparse.ArgumentParser) -> None:

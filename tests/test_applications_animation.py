@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import stat
+import subprocess
+import sys
 
 import cftime
 import numpy as np
@@ -115,9 +117,10 @@ def test_a_film_of_an_archive(tmp_path):
 
 def test_mp4_needs_an_ffmpeg_and_says_what_it_said(tmp_path, monkeypatch):
     write_archive(tmp_path)
-    monkeypatch.setattr(animation, "map_figure", lambda *_: None)
+    monkeypatch.setattr(animation, "map_figure", lambda *_, **__: None)
     monkeypatch.setattr(animation, "_pixels", lambda _: np.zeros((4, 6, 3), np.uint8))
     monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setitem(sys.modules, "imageio_ffmpeg", None)
     with pytest.raises(BadInput, match="ffmpeg on the PATH"):
         draw_film([tmp_path / "a"], [], tmp_path / "film.mp4")
     program = tmp_path / "ffmpeg"
@@ -130,3 +133,18 @@ def test_mp4_needs_an_ffmpeg_and_says_what_it_said(tmp_path, monkeypatch):
     with pytest.raises(BadInput, match="no such encoder"):
         draw_film([tmp_path / "a"], [], tmp_path / "film.mp4")
     assert not path.exists()
+
+
+def test_mp4_by_a_real_ffmpeg_has_every_picture(tmp_path, monkeypatch):
+    pytest.importorskip("imageio_ffmpeg")
+    write_archive(tmp_path)
+    shades, numbers = [(215, 25, 28), (31, 111, 214), (240, 240, 240)], iter(range(3))
+    monkeypatch.setattr(animation, "map_figure", lambda *_, **__: None)
+    monkeypatch.setattr(animation, "_pixels", lambda _: np.full((48, 64, 3), shades[next(numbers)], np.uint8))
+    path, frames = draw_film([tmp_path / "a"], [tmp_path / "m"], tmp_path / "film.mp4", frames_per_s=5.0)
+    assert frames == 3
+    read = [animation._ffmpeg(), "-v", "error", "-i", path, "-f", "rawvideo", "-pix_fmt", "rgb24", "-"]
+    raw = subprocess.run(read, check=True, capture_output=True).stdout
+    shown = np.frombuffer(raw, np.uint8).reshape(-1, 48, 64, 3)
+    assert len(shown) == 3
+    np.testing.assert_allclose(shown.mean(axis=(1, 2)), shades, atol=8)

@@ -9,16 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from matplotlib import image
 
+from raysegment.applications.canvas import WORLD, Frame
 from raysegment.applications.coast import coast_distance_km, land_share
 from raysegment.applications.drawable import Drawable
-from raysegment.applications.maps import (
-    WORLD,
-    Frame,
-    Scene,
-    draw_map,
-    home,
-    zoom_frames,
-)
+from raysegment.applications.maps import Scene, draw_map, home, zoom_frames
 from raysegment.applications.pictures import draw_files
 from raysegment.applications.tracks import Storm
 from raysegment.archive.axes import Axes

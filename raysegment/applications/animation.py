@@ -18,9 +18,11 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import GifImagePlugin, Image, ImageColor
 
+from raysegment.applications.canvas import COAST, FILL
 from raysegment.applications.drawable import Drawable
 from raysegment.applications.maps import STANDARD, Palette, load_pyplot, map_figure, palette_of, shade_limits
 from raysegment.applications.pictures import MaskBook, Still, list_stills, scene_of
+from raysegment.applications.projections import AUTO
 from raysegment.archive.files import committed
 from raysegment.climate.checks import BadInput
 
@@ -28,7 +30,6 @@ FILMS = (".gif", ".mp4")
 _COLUMN_IN, _MOST_IN = 9.5, 17.0  # 1045 pixels for one labeller
 _LIMIT_STILLS = 8  # maps from which the common grey scale is taken
 _COLOURS = 256
-_FILL = 0.28  # opacity of the classes' fill
 
 
 def is_film(path: str | Path) -> bool:
@@ -44,6 +45,7 @@ def draw_film(
     colours: str = STANDARD,
     frames_per_s: float = 4.0,
     every: int = 1,
+    projection: str = AUTO,
     progress: Callable[[int, int], None] | None = None,
 ) -> tuple[Path, int]:
     """All times of the sources, in order, each with its masks (a column for each of `masks`) → `out` and how many there are."""
@@ -56,7 +58,7 @@ def draw_film(
     with committed(out) as temporary, _writer(out, temporary, palette, frames_per_s) as write:
         for number, still in enumerate(stills):
             scene = scene_of(still.source, still.index, books, field, limits=limits)
-            write(_pixels(map_figure(scene, palette, width_in)))
+            write(_pixels(map_figure(scene, palette, width_in, projection=projection)))
             if progress:
                 progress(number + 1, len(stills))
     return out, len(stills)
@@ -92,15 +94,27 @@ def _writer(out: Path, temporary: Path, palette: Palette, frames_per_s: float) -
             yield film.add
             film.close()
         return
-    program = shutil.which("ffmpeg")
+    program = _ffmpeg()
     if program is None:
-        raise BadInput(out, "ffmpeg on the PATH for MP4", "none", "Install ffmpeg, or choose a name that ends in .gif")
+        remedy = "Install ffmpeg, or `pip install imageio-ffmpeg`, or choose a name that ends in .gif"
+        raise BadInput(out, "ffmpeg on the PATH for MP4", "none", remedy)
     video = Mp4Film(program, temporary, frames_per_s)
     try:
         yield video.add
         video.close()
     finally:
         video.stop()
+
+
+def _ffmpeg() -> str | None:
+    """An ffmpeg: the machine's own, else the one that the package imageio-ffmpeg brings; None without."""
+    if own := shutil.which("ffmpeg"):
+        return own
+    try:
+        import imageio_ffmpeg
+    except ImportError:
+        return None
+    return imageio_ffmpeg.get_ffmpeg_exe()
 
 
 class GifFilm:
@@ -183,9 +197,9 @@ def film_palette(palette: Palette) -> list[int]:
     colours = [greys]
     for name in (palette.cyclone, palette.river):
         full = np.array(ImageColor.getrgb(name))
-        filled = _FILL * full + (1 - _FILL) * light
+        filled = FILL * full + (1 - FILL) * light
         colours += [filled, *(share * full + (1 - share) * light[::5] for share in (1.0, 0.8, 0.6, 0.45))]
-    coast = np.array(ImageColor.getrgb("#5b4636"))
+    coast = np.array(ImageColor.getrgb(COAST))
     colours += [share * coast + (1 - share) * light[::4] for share in (1.0, 0.7, 0.4, 0.2)]
     colours += [np.array([[255, 212, 0], [200, 166, 0], [120, 100, 0], [255, 235, 140]])]
     numbers = np.unique(np.rint(np.concatenate(colours)).astype(int), axis=0)

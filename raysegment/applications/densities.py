@@ -19,23 +19,20 @@ import pyarrow.parquet as parquet
 from numpy.typing import NDArray
 from scipy import ndimage
 
+from raysegment.applications.canvas import MIDDLE_DEG, panel_style, world_canvas
 from raysegment.applications.evaluate import mask_files
 from raysegment.applications.maps import (
     DPI,
     STANDARD,
     TITLES,
     WIDTH_IN,
-    WORLD,
     Palette,
     check_ending,
-    draw_axes,
-    draw_coast,
-    extent_of,
     load_pyplot,
     palette_of,
     save_figure,
-    turned,
 )
+from raysegment.applications.projections import AUTO, Projection, projection_of
 from raysegment.archive.masks import MASK_SUFFIX, MaskSource
 from raysegment.climate.channels import CLASSES, CYCLONE, RIVER
 from raysegment.climate.checks import BadInput
@@ -108,6 +105,7 @@ def draw_density(
     out: str | Path,
     counts: bool = True,
     colours: str = STANDARD,
+    projection: str = AUTO,
     progress: Report | None = None,
 ) -> dict[str, Any]:
     """The picture of masks (files, folders) or of one table of events, and its numbers by class.
@@ -115,6 +113,7 @@ def draw_density(
     `counts` adds the seasonal cycle and the years; BadInput where no time is known.
     """
     check_ending(out)
+    chosen = projection_of(projection, MIDDLE_DEG)
     palette, report = palette_of(colours), progress or (lambda done, total: None)
     table = [Path(path) for path in sources if Path(path).suffix.lower() in TABLES]
     if table and len(sources) > 1:
@@ -126,7 +125,7 @@ def draw_density(
     title = f"{Path(sources[0]).name}: {found.maps} {'maps' if found.per_map else 'objects'}"
     numbers = {CLASSES[kind]: {"months": found.months(kind), "years": found.years(kind)} for kind in KINDS} if counts else {}
     return {
-        "picture": draw_densities(found, out, title, counts, palette),
+        "picture": draw_densities(found, out, title, counts, palette, chosen),
         "maps" if found.per_map else "objects": found.maps,
         "counted": found.object_label,
         **numbers,
@@ -255,15 +254,20 @@ def _count(found: Density, kind: int, time: str, lat: float) -> None:
     found.objects[kind, "north" if lat >= 0 else "south", *month] += 1
 
 
-def draw_densities(found: Density, out: str | Path, title: str, counts: bool, palette: Palette) -> Path:
+def draw_densities(
+    found: Density, out: str | Path, title: str, counts: bool, palette: Palette, projection: Projection | None = None
+) -> Path:
     """Both maps side by side, written to `out`; with `counts`, months and years below each."""
     pyplot = load_pyplot()
     rows = 3 if counts else 1
     heights = [(WIDTH_IN - 1.0) / 4 + 0.9, 2.6, 2.6][:rows]
     figure = pyplot.figure(figsize=(WIDTH_IN, sum(heights) + 0.8), dpi=DPI, layout="constrained")
-    panels = figure.subplots(rows, len(KINDS), height_ratios=heights, squeeze=False)
+    places = [[f"{row} {column}" for column in range(len(KINDS))] for row in range(rows)]
+    worlds = {place: panel_style(projection) for place in places[0]}
+    named = figure.subplot_mosaic(places, height_ratios=heights, per_subplot_kw=worlds)
+    panels = {(row, column): named[place] for row, line in enumerate(places) for column, place in enumerate(line)}
     for column, kind in enumerate(KINDS):
-        _draw_share(figure, panels[0, column], found, kind, palette)
+        _draw_share(figure, panels[0, column], found, kind, palette, projection)
         if counts:
             months, years = found.months(kind), found.years(kind)
             _draw_bars(panels[1, column], {h: _all_months(months[h]) for h in months}, palette.of(kind), "month")
@@ -279,18 +283,15 @@ def draw_densities(found: Density, out: str | Path, title: str, counts: bool, pa
     return save_figure(figure, out)
 
 
-def _draw_share(figure: Any, panel: Axes, found: Density, kind: int, palette: Palette) -> None:
+def _draw_share(figure: Any, panel: Axes, found: Density, kind: int, palette: Palette, projection: Projection | None) -> None:
     """One class's map with its colour bar; cells without any are white."""
     from matplotlib.ticker import MaxNLocator
 
-    columns, lon = turned(found.grid, WORLD)
-    values = np.ma.masked_equal(found.shown(kind)[:, columns], 0.0)
-    image = panel.imshow(
-        values, extent=extent_of(found.grid, lon), origin="lower", cmap=palette.shades[KINDS.index(kind)], vmin=0,
-        vmax=max(float(values.filled(0.0).max()), 1e-3), aspect="auto", interpolation="nearest",
-    )  # fmt: skip
-    draw_coast(panel, WORLD)
-    draw_axes(panel, WORLD)
+    shown, canvas = found.shown(kind), world_canvas(panel, projection)
+    shades, most = palette.shades[KINDS.index(kind)], max(float(shown.max()), 1e-3)
+    image = canvas.image(np.ma.masked_equal(shown, 0.0), found.grid, smooth=False, cmap=shades, vmin=0, vmax=most)
+    canvas.coast()
+    canvas.finish()
     panel.set_title(TITLES[kind], fontsize=13, loc="left", fontweight="bold")
     bar = figure.colorbar(image, ax=panel, orientation="horizontal", fraction=0.05, aspect=40, pad=0.02)
     bar.set_label(found.cell_label)

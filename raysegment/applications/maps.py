@@ -14,7 +14,18 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from raysegment.applications.coast import coast_distance_km
+from raysegment.applications.canvas import (
+    COAST,
+    MIDDLE_DEG,
+    WORLD,
+    Canvas,
+    FlatCanvas,
+    Frame,
+    east_of,
+    panel_style,
+    world_canvas,
+)
+from raysegment.applications.projections import AUTO, Projection, projection_of
 from raysegment.applications.tracks import Storm
 from raysegment.archive.files import committed
 from raysegment.climate.channels import CYCLONE, RIVER
@@ -27,12 +38,8 @@ if TYPE_CHECKING:
 
 TITLES = {CYCLONE: "tropical cyclone", RIVER: "atmospheric river"}
 WIDTH_IN, DPI = 16.0, 110  # 1760 pixels across
-_WEST_DEG = 20.0  # the world is cut where it harms least: through Africa and eastern Europe
-_COAST_STRIDE, _ZOOM_COAST_STRIDE = 3, 1  # tenths of a degree
 _ZOOM_SIZE_DEG = (40.0, 20.0)  # smallest panel, longitude × latitude
 _ZOOM_MARGIN_DEG = 8.0
-_SMOOTH_DEG = 0.35  # coarser masks are outlined along their cells
-_COAST = "#5b4636"
 PICTURES = (".png", ".pdf", ".svg", ".jpg", ".jpeg", ".webp", ".tif", ".tiff")
 
 
@@ -86,39 +93,28 @@ class Scene:
             assert shape == self.grid.shape, (shape, self.grid.shape)
 
 
-@dataclass(frozen=True)
-class Frame:
-    """A rectangle of the world, degrees; `east` may pass 360."""
+def draw_map(path: str | Path, scene: Scene, colours: str = STANDARD, zoom: bool = True, projection: str = AUTO) -> Path:
+    """The picture of a scene, written to `path`; with `zoom` every group of storms also gets a row of panels.
 
-    west: float
-    east: float
-    south: float
-    north: float
-
-    @property
-    def size(self) -> tuple[float, float]:
-        return self.east - self.west, self.north - self.south
-
-
-WORLD = Frame(_WEST_DEG, _WEST_DEG + 360.0, -90.0, 90.0)
-
-
-def draw_map(path: str | Path, scene: Scene, colours: str = STANDARD, zoom: bool = True) -> Path:
-    """The picture of a scene, written to `path`; with `zoom` every group of storms also gets a row of panels."""
-    figure = map_figure(scene, palette_of(colours), zoom=zoom)
+    `projection`: of the world (`projection_of`); regions and zoomed panels are plate carrée.
+    """
+    figure = map_figure(scene, palette_of(colours), zoom=zoom, projection=projection)
     return save_figure(figure, path)
 
 
-def map_figure(scene: Scene, palette: Palette, width_in: float = WIDTH_IN, zoom: bool = True) -> Figure:
+def map_figure(scene: Scene, palette: Palette, width_in: float = WIDTH_IN, zoom: bool = True, projection: str = AUTO) -> Figure:
     """The same as an open figure, for the caller to save and close."""
-    pyplot = load_pyplot()
-    frames = [home(scene.grid), *(zoom_frames(scene.tracks) if zoom else [])]
+    first = home(scene.grid)
+    chosen = projection_of(projection, MIDDLE_DEG) if first == WORLD else None
+    frames = [first, *(zoom_frames(scene.tracks) if zoom else [])]
     columns = scene.masks or {"": np.zeros(scene.grid.shape, np.uint8)}
-    figure, panels = panels_of(pyplot, len(frames), len(columns), width_in)
+    figure, panels = panels_of(load_pyplot(), len(frames), len(columns), width_in, chosen)
     limits, shades = scene.limits or shade_limits(scene.field), None
     for column, (name, mask) in enumerate(columns.items()):
         for row, frame in enumerate(frames):
-            shades = _draw_panel(panels[row, column], frame, scene, mask, limits, palette)
+            panel = panels[row, column]
+            canvas = world_canvas(panel, chosen) if frame == WORLD and row == 0 else FlatCanvas(panel, frame)
+            shades = _draw_panel(canvas, scene, mask, limits, palette)
         panels[0, column].set_title(name, fontsize=12, loc="left", fontweight="bold")
     panels[0, len(columns) - 1].set_title(scene.stamp, fontsize=12, loc="right")
     _finish(figure, list(panels.values()), shades, scene, _legend_handles(palette, bool(scene.masks), bool(scene.tracks)))
@@ -184,7 +180,9 @@ def load_pyplot() -> Any:
     return pyplot
 
 
-def panels_of(pyplot: Any, frames: int, masks: int, width_in: float = WIDTH_IN) -> tuple[Figure, dict[tuple[int, int], Axes]]:
+def panels_of(
+    pyplot: Any, frames: int, masks: int, width_in: float = WIDTH_IN, projection: Projection | None = None
+) -> tuple[Figure, dict[tuple[int, int], Axes]]:
     """A figure and its axes by (frame, mask), all twice as wide as high: a row per frame and a column per mask.
 
     With a single mask the world takes the whole width and the zoomed frames share rows by two.
@@ -196,7 +194,8 @@ def panels_of(pyplot: Any, frames: int, masks: int, width_in: float = WIDTH_IN) 
         places = [[keys[0, 0]] * 2, *([zooms[k], zooms[k + 1]] for k in range(0, len(zooms), 2))]
     widths_in = [(width_in - 1.0) / len(set(row)) for row in places]
     figure = pyplot.figure(figsize=(width_in, sum(w / 2 + 0.45 for w in widths_in) + 1.3), dpi=DPI, layout="constrained")
-    panels = figure.subplot_mosaic(places, height_ratios=widths_in)
+    world = {keys[0, mask]: panel_style(projection) for mask in range(masks)}
+    panels = figure.subplot_mosaic(places, height_ratios=widths_in, per_subplot_kw=world)
     return figure, {place: panels[key] for place, key in keys.items()}
 
 
@@ -205,22 +204,15 @@ def shade_limits(field: NDArray) -> tuple[float, float]:
     return float(np.nanmin(field)), float(np.nanpercentile(field, 99.7))
 
 
-def _draw_panel(
-    panel: Axes, frame: Frame, scene: Scene, mask: NDArray, limits: tuple[float, float], palette: Palette
-) -> Any:
-    """Field in grey, coast, classes and storms in one frame; returns the image for the colour bar."""
-    grid = scene.grid
-    columns, lon = turned(grid, frame)
-    shades = panel.imshow(
-        scene.field[:, columns], extent=extent_of(grid, lon), origin="lower", cmap=_light_greys(), vmin=limits[0], vmax=limits[1],
-        interpolation="bilinear", aspect="auto",
-    )  # fmt: skip
-    draw_coast(panel, frame)
+def _draw_panel(canvas: Canvas, scene: Scene, mask: NDArray, limits: tuple[float, float], palette: Palette) -> Any:
+    """Field in grey, coast, classes and storms; returns the image for the colour bar."""
+    shades = canvas.image(scene.field, scene.grid, cmap=_light_greys(), vmin=limits[0], vmax=limits[1])
+    canvas.coast()
     for kind in (RIVER, CYCLONE):
         hatch = "////" if palette.hatched and kind == CYCLONE else None
-        _draw_class(panel, mask[:, columns] == kind, lon, grid, palette.of(kind), frame, hatch)
-    _draw_storms(panel, frame, scene.tracks)
-    draw_axes(panel, frame)
+        canvas.region(mask == kind, scene.grid, palette.of(kind), hatch)
+    _draw_storms(canvas, scene.tracks)
+    canvas.finish()
     return shades
 
 
@@ -232,103 +224,25 @@ def _light_greys() -> Any:
     return ListedColormap(colormaps["Greys"](np.linspace(0.0, 0.62, 256)))
 
 
-def turned(grid: Grid, frame: Frame) -> tuple[NDArray[np.intp], NDArray[np.float64]]:
-    """Columns of the grid in the frame's order and their longitudes; a global grid is turned to begin at its west."""
-    if not grid.periodic:
-        turns = 360.0 * np.round((frame.west + frame.east - grid.lon[0] - grid.lon[-1]) / 720.0)
-        return np.arange(grid.lon.size), grid.lon + turns
-    start = int(np.ceil(((frame.west - grid.lon[0]) % 360.0) / grid.dlon - 1e-9))
-    order = np.arange(start - 1, start + grid.lon.size + 1)  # a column more at either end fills the frame
-    first = frame.west + ((grid.lon[0] - frame.west) % grid.dlon)
-    return order % grid.lon.size, first + (np.arange(order.size) - 1) * grid.dlon
-
-
-def extent_of(grid: Grid, lon: NDArray) -> tuple[float, float, float, float]:
-    """West, east, south and north edge of a map of `grid` with its columns at `lon`."""
-    return lon[0] - grid.dlon / 2, lon[-1] + grid.dlon / 2, grid.lat[0] - grid.dlat / 2, grid.lat[-1] + grid.dlat / 2
-
-
-def draw_coast(panel: Axes, frame: Frame) -> None:
-    """Coast lines in one frame."""
-    stride = _COAST_STRIDE if frame.size[0] > 180 else _ZOOM_COAST_STRIDE
-    grid, distance_km = coast_distance_km(stride)
-    columns, lon = turned(grid, frame)
-    rows = np.flatnonzero((grid.lat >= frame.south - 1) & (grid.lat <= frame.north + 1))
-    near = (lon >= frame.west - 1) & (lon <= frame.east + 1)
-    panel.contour(
-        lon[near], grid.lat[rows], distance_km[rows][:, columns[near]], levels=[0.0], colors=_COAST,
-        linewidths=0.7 if frame.size[0] > 180 else 1.0,
-    )  # fmt: skip
-
-
-def _draw_class(
-    panel: Axes, inside: NDArray[np.bool_], lon: NDArray, grid: Grid, colour: str, frame: Frame, hatch: str | None = None
-) -> None:
-    """Light fill and outline of a class; on coarse grids the outline follows the cells' edges."""
-    rows = _near(inside.any(axis=1) & (grid.lat > frame.south - grid.dlat) & (grid.lat < frame.north + grid.dlat))
-    cols = _near(inside.any(axis=0) & (lon > frame.west - grid.dlon) & (lon < frame.east + grid.dlon))
-    inside, lat, lon = inside[rows, cols], grid.lat[rows], lon[cols]
-    if not inside.any():
-        return
-    times = max(1, int(np.ceil(max(grid.dlat, grid.dlon) / _SMOOTH_DEG)))
-    fine = np.repeat(np.repeat(inside, times, axis=0), times, axis=1).astype(np.float32)
-    part = (np.arange(times) - (times - 1) / 2) / times
-    lats = (lat[:, None] + part * grid.dlat).ravel()
-    lons = (lon[:, None] + part * grid.dlon).ravel()
-    panel.contourf(lons, lats, fine, levels=[0.5, 1.5], colors=[colour], alpha=0.28)
-    if hatch:
-        panel.contourf(lons, lats, fine, levels=[0.5, 1.5], colors="none", hatches=[hatch]).set_edgecolor(colour)
-    panel.contour(lons, lats, fine, levels=[0.5], colors=[colour], linewidths=1.1 if frame.size[0] > 180 else 1.8)
-
-
-def _near(used: NDArray[np.bool_]) -> slice:
-    """From the first to the last place in use, with one more at either end."""
-    places = np.flatnonzero(used)
-    return slice(max(int(places[0]) - 1, 0), int(places[-1]) + 2) if places.size else slice(0)
-
-
-def _draw_storms(panel: Axes, frame: Frame, tracks: Sequence[Storm]) -> None:
+def _draw_storms(canvas: Canvas, tracks: Sequence[Storm]) -> None:
     """A star at each storm; its number on the world map, its name and wind in a zoomed panel."""
     from matplotlib import patheffects
 
-    halo = [patheffects.withStroke(linewidth=2.5, foreground="white")]
-    wide = frame.size[0] > 180
-    by_lon = sorted(range(len(tracks)), key=lambda place: tracks[place].lon)
-    for order, place in enumerate(by_lon):
-        number, storm, side = place + 1, tracks[place], (1, -1)[order % 2]  # neighbours above and below: no overlap
-        lon = frame.west + (storm.lon - frame.west) % 360.0
-        if not (lon <= frame.east and frame.south <= storm.lat <= frame.north):
+    halo, wide = [patheffects.withStroke(linewidth=2.5, foreground="white")], canvas.wide
+    for number, storm in enumerate(sorted(tracks, key=lambda one: one.lon), start=1):
+        point, side = canvas.place(storm.lat, storm.lon), (-1, 1)[number % 2]  # neighbours above and below: no overlap
+        if point is None:
             continue
-        panel.plot(lon, storm.lat, "*", markersize=7 if wide else 15, color="#ffd400", markeredgecolor="black", zorder=6)
+        canvas.panel.plot(*point, "*", markersize=7 if wide else 15, color="#ffd400", markeredgecolor="black", zorder=6)
         text = str(number) if wide else f"{number}: {storm.label}\n{_place(storm.lat, storm.lon)}"
-        panel.annotate(
-            text, (lon, storm.lat), xytext=(4, 5 * side) if wide else (8, 9 * side), textcoords="offset points",
+        canvas.panel.annotate(
+            text, point, xytext=(4, 5 * side) if wide else (8, 9 * side), textcoords="offset points",
             va="bottom" if side > 0 else "top", fontsize=9 if wide else 10, path_effects=halo, zorder=7, annotation_clip=True,
         )  # fmt: skip
 
 
 def _place(lat: float, lon: float) -> str:
-    return f"{abs(lat):.1f}°{'N' if lat >= 0 else 'S'} {_east(lon)}"
-
-
-def _east(lon: float) -> str:
-    """A longitude as people write it."""
-    lon = (lon + 180.0) % 360.0 - 180.0
-    text = f"{abs(lon):.1f}".removesuffix(".0")
-    return f"{text}°" if abs(lon) in (0.0, 180.0) else f"{text}°{'E' if lon > 0 else 'W'}"
-
-
-def draw_axes(panel: Axes, frame: Frame) -> None:
-    """Frame, ticks in degrees, names of the axes."""
-    step = next(s for s in (5, 10, 20, 30, 60) if frame.size[0] / s <= 8 or s == 60)
-    lons = np.arange(np.ceil(frame.west / step) * step, frame.east + 1e-6, step)
-    lat_step = next(s for s in (5, 10, 20, 30) if frame.size[1] / s <= 6 or s == 30)
-    lats = np.arange(np.ceil(frame.south / lat_step) * lat_step, frame.north + 1e-6, lat_step)
-    panel.set(xlim=(frame.west, frame.east), ylim=(frame.south, frame.north), xlabel="longitude", ylabel="latitude")
-    panel.set_xticks(lons, [_east(lon) for lon in lons])
-    panel.set_yticks(lats, [f"{abs(lat):.0f}°{'N' if lat > 0 else 'S' if lat < 0 else ''}" for lat in lats])
-    panel.tick_params(labelsize=9)
-    panel.grid(color="0.6", linewidth=0.3, alpha=0.6)
+    return f"{abs(lat):.1f}°{'N' if lat >= 0 else 'S'} {east_of(lon)}"
 
 
 def _legend_handles(palette: Palette, with_masks: bool, with_tracks: bool) -> list[Any]:
@@ -340,7 +254,7 @@ def _legend_handles(palette: Palette, with_masks: bool, with_tracks: bool) -> li
     handles: list[Any] = [Patch(facecolor=palette.of(k) + "48", edgecolor=palette.of(k), label=TITLES[k]) for k in kinds]
     if palette.hatched and handles:
         handles[0].set_hatch("////")
-    handles.append(Line2D([], [], color=_COAST, linewidth=1.0, label="coast"))
+    handles.append(Line2D([], [], color=COAST, linewidth=1.0, label="coast"))
     if with_tracks:
         style: dict[str, Any] = {"linestyle": "", "markersize": 12, "color": "#ffd400", "markeredgecolor": "black"}
         handles.append(Line2D([], [], marker="*", label="best track", **style))

@@ -10,9 +10,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from raysegment.applications.canvas import MIDDLE_DEG
 from raysegment.applications.drawable import Drawable
 from raysegment.applications.evaluate import mask_files
 from raysegment.applications.maps import STANDARD, Scene, check_ending, draw_map, palette_of
+from raysegment.applications.projections import AUTO, projection_of
 from raysegment.applications.tracks import read_tracks
 from raysegment.archive.deepcam import open_maps
 from raysegment.archive.masks import MASK_SUFFIX, MaskSource
@@ -42,6 +44,7 @@ def draw_files(
     tracks: str | Path | None = None,
     with_truth: bool = False,
     colours: str = STANDARD,
+    projection: str = AUTO,
 ) -> Path:
     """Field `field` of time `index` of `source`, a column for each of `masks` (files, or folders that hold its mask).
 
@@ -49,10 +52,11 @@ def draw_files(
     """
     check_ending(out)
     palette_of(colours)
+    projection_of(projection, MIDDLE_DEG)
     books = [MaskBook(path) for path in masks]
     scene = scene_of(Path(source), index, books, field, with_truth)
     storms = read_tracks(tracks, _time_of(source, index)) if tracks else ()
-    return draw_map(out, Scene(**{**vars(scene), "tracks": storms}), colours)
+    return draw_map(out, Scene(**{**vars(scene), "tracks": storms}), colours, projection=projection)
 
 
 def _time_of(source: str | Path, index: int) -> Any:
