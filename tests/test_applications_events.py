@@ -201,3 +201,14 @@ def test_the_command_line_says_how_many(tmp_path, capsys):
     shown = capsys.readouterr().out
     assert all(name in shown for name in (*COLUMNS, *TRACK_COLUMNS))
     assert main(["events", str(tmp_path / "m"), "--out", str(tmp_path / "T"), "--min-duration-h", "-1"]) == 2
+
+
+def test_two_maps_of_one_time_are_refused_unless_they_are_of_other_places(tmp_path):
+    masks = moving(2)
+    write(tmp_path / "a" / "one.mask.nc", masks, times(2))
+    write(tmp_path / "a" / "two.mask.nc", masks[1:], times(2)[1:])
+    with pytest.raises(BadInput, match=r"2001-02-01T00:00:00 also in .*one\.mask\.nc"):
+        write_events(tmp_path / "a", tmp_path / "table")
+    write(tmp_path / "b" / "west.mask.nc", masks[:1, :, :90], times(1), Grid(GRID.lat, GRID.lon[:90]))
+    write(tmp_path / "b" / "east.mask.nc", masks[:1, :, 90:], times(1), Grid(GRID.lat, GRID.lon[90:]))
+    assert write_events(tmp_path / "b", tmp_path / "table")["snapshots"] == 2

@@ -8,7 +8,7 @@ import pytest
 from raysegment.archive.snapshots import open_source
 from raysegment.climate.channels import CYCLONE, INDEX, NAMES, RIVER
 from raysegment.climate.checks import BadInput
-from raysegment.climate.cyclones import CYCLONE_PRESETS
+from raysegment.climate.cyclones import CYCLONE_PRESETS, SHAPES
 from raysegment.climate.events import find_events
 from raysegment.climate.grid import KM_PER_DEGREE, Grid, great_circle_km
 from raysegment.climate.rivers import RIVER_PRESETS, ivt_stand_in
@@ -24,6 +24,14 @@ def weather() -> np.ndarray:
     add_vortex(fields, GRID, 17.0, 179.5)
     add_stream(fields, GRID, 42.0, 0.5, slope_deg=60.0)
     return fields
+
+
+@pytest.mark.parametrize("cyclones", [None, *CYCLONE_PRESETS])
+@pytest.mark.parametrize("rivers", [None, *RIVER_PRESETS])
+def test_the_name_of_rules_names_those_rules(cyclones, rivers):
+    for shape in SHAPES if cyclones else ("wind",):
+        if cyclones or rivers:
+            assert parse_rules(Rules(cyclones, rivers, shape).name) == Rules(cyclones, rivers, shape)
 
 
 @pytest.mark.parametrize("name", RULES)
@@ -43,6 +51,10 @@ def test_what_names_mean():
     assert parse_rules("rules:ivt") == Rules(None, "ivt")
     assert parse_rules("rules:tempest") == Rules("tempest", "tempest")
     assert parse_rules("rules:paper2018") == Rules("teca", "paper2018", "paper2018")
+    second = Rules("teca_super_relaxed", "paper2018_21", "paper2018")
+    assert parse_rules("rules:paper2018_labels_1") == parse_rules("teca_super_relaxed+paper2018_21@paper2018") == second
+    assert parse_rules("rules:tempest+none@paper2018") == Rules("tempest", None, "paper2018")
+    assert parse_rules("rules:teca+paper2018").name != parse_rules("rules:paper2018").name, "their masks differ"
     assert parse_rules("rules:teca_relaxed+guan_waliser").name == "rules:teca_relaxed+guan_waliser"
     default = parse_rules("rules:default")
     assert default.cyclones in CYCLONE_PRESETS
@@ -52,7 +64,13 @@ def test_what_names_mean():
 
 @pytest.mark.parametrize(
     ("text", "suggestion"),
-    [("rules:tecca", "teca"), ("rules:teca+itv", "ivt"), ("rules:tempst+ivt", "tempest"), ("rules:paper", "paper2018")],
+    [
+        ("rules:tecca", "teca"),
+        ("rules:teca+itv", "ivt"),
+        ("rules:tempst+ivt", "tempest"),
+        ("rules:paper", "paper2018"),
+        ("rules:teca@wnd", "wind"),
+    ],
 )
 def test_an_unknown_name_gets_a_suggestion(text, suggestion):
     with pytest.raises(BadInput, match=f"Did you mean {suggestion}") as error:
@@ -63,6 +81,10 @@ def test_an_unknown_name_gets_a_suggestion(text, suggestion):
 def test_a_name_like_no_other_gets_the_list():
     with pytest.raises(BadInput, match="teca, teca_relaxed"):
         parse_rules("rules:xyzzy+ivt")
+    with pytest.raises(BadInput, match="a name of rules"):
+        parse_rules("rules:none+none")
+    with pytest.raises(BadInput, match="rivers only"):
+        parse_rules("rules:ivt@paper2018")
 
 
 def test_cyclones_win_and_rivers_keep_away_from_them():

@@ -31,18 +31,37 @@ class Moment:
 
 
 def list_moments(files: Sequence[Path]) -> list[Moment]:
-    """Every map of the files, by time, then file name; those of unknown time come last. BadInput where calendars differ."""
-    moments, calendars = list[Moment](), dict[str, Path]()
+    """Every map of the files, by time, then file name; those of unknown time come last.
+
+    BadInput where calendars differ, or two maps of one grid have the same time (members of an ensemble, say: what they show
+    are not objects of one world).
+    """
+    moments, calendars, taken = list[Moment](), dict[str, Path](), dict[tuple, Path]()
     for file in files:
         with MaskSource(file) as source:
+            place = _place(source.axes.grid)
             for index, time in enumerate(source.times):
+                hour = None if time is None else hours(time)
                 if time is not None:
                     calendars.setdefault(_calendar(time), file)
-                moments.append(Moment(file, index, time, None if time is None else hours(time)))
+                    _take(taken, (hour, *place), file, time)
+                moments.append(Moment(file, index, time, hour))
     if len(calendars) > 1:
         got = " and ".join(f"{calendar} in {file}" for calendar, file in sorted(calendars.items()))
         raise BadInput(files[0].parent, "one calendar", got, "Make a table of each model by itself")
     return sorted(moments, key=lambda one: (one.hour is None, one.hour or 0.0, one.file.name, str(one.file), one.index))
+
+
+def _place(grid: Grid) -> tuple[float, ...]:
+    """What tells grids apart: their corners, to a thousandth of a degree."""
+    return tuple(round(float(edge), 3) for edge in (grid.lat[0], grid.lat[-1], grid.lon[0], grid.lon[-1]))
+
+
+def _take(taken: dict[tuple, Path], key: tuple, file: Path, time: Any) -> None:
+    if key in taken:
+        got = f"{time.isoformat()} also in {taken[key]}"
+        raise BadInput(file, "one map of each time", got, "Make a table of each model, member or labeller by itself")
+    taken[key] = file
 
 
 def hours(time: Any) -> float:

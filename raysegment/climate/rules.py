@@ -1,13 +1,13 @@
 """A heuristic labeller: a cyclone rule, a river rule and a mask shape under one name, from fields to a mask.
 
-`rules:NAME`, where NAME is a cyclone preset, a river preset, `CYCLONE+RIVER`, `default` or `paper2018`. A name that both
-kinds have (`tempest`) means both.
+`rules:NAME`, where NAME is a cyclone preset, a river preset, `CYCLONES+RIVERS` (either may be `none`), or one of NAMED. A name
+that both kinds have (`tempest`) means both. `@SHAPE` after it chooses what is marked around a cyclone: `rules:tempest@paper2018`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 
 import numpy as np
@@ -26,7 +26,9 @@ PREFIX = "rules:"
 NAMED: dict[str, tuple[str | None, str | None, str]] = {
     "default": ("tempest", "tempest", "wind"),
     "paper2018": ("teca", "paper2018", "paper2018"),
+    "paper2018_labels_1": ("teca_super_relaxed", "paper2018_21", "paper2018"),  # the second set of labels in the 2018 files
 }
+_NONE, _AT, _PLAIN_SHAPE = "none", "@", "wind"
 BLANK_DEG = 8.0  # no river within this distance of a cyclone's centre (TempestExtremes NodeFileFilter --bydist 8, Ullrich 2021)
 RULES: tuple[str, ...] = tuple(dict.fromkeys([*NAMED, *CYCLONE_PRESETS, *RIVER_PRESETS]))
 
@@ -37,7 +39,7 @@ class Rules:
 
     cyclones: str | None
     rivers: str | None
-    shape: str = "wind"
+    shape: str = _PLAIN_SHAPE
 
     def __post_init__(self) -> None:
         assert self.cyclones is None or self.cyclones in CYCLONE_PRESETS, self.cyclones
@@ -47,8 +49,11 @@ class Rules:
 
     @property
     def name(self) -> str:
-        """What goes into a mask file as its labeller, with the sources of the thresholds left to `sources`."""
-        return PREFIX + "+".join(name for name in (self.cyclones, self.rivers) if name)
+        """What goes into a mask file as its labeller, and can be parsed again; where thresholds come from is in `sources`."""
+        alone = self.cyclones or self.rivers
+        both = (self.cyclones and self.rivers) or (alone in CYCLONE_PRESETS and alone in RIVER_PRESETS)
+        name = f"{self.cyclones or _NONE}+{self.rivers or _NONE}" if both else alone
+        return f"{PREFIX}{name}" + (f"{_AT}{self.shape}" if self.shape != _PLAIN_SHAPE else "")
 
     @property
     def sources(self) -> str:
@@ -144,19 +149,28 @@ def near_cyclones(grid: Grid, storms: list[Cyclone]) -> NDArray[np.bool_]:
 
 def parse_rules(text: str) -> Rules:
     """Rules by name, with or without the prefix "rules:"; unknown names raise BadInput with a suggestion."""
-    name = text.removeprefix(PREFIX)
+    name, at, shape = text.removeprefix(PREFIX).partition(_AT)
+    if at and shape not in SHAPES:
+        raise _unknown(text, f"a mask shape after the {_AT}", shape, tuple(SHAPES))
+    rules = _parse_presets(text, name)
+    if at and rules.cyclones is None:
+        raise BadInput(text, f"cyclones, to be given the shape {shape}", "rivers only", f"Leave out {_AT}{shape}.")
+    return replace(rules, shape=shape) if at else rules
+
+
+def _parse_presets(text: str, name: str) -> Rules:
     if name in NAMED:
         return Rules(*NAMED[name])
     if name in RULES:
         return Rules(name if name in CYCLONE_PRESETS else None, name if name in RIVER_PRESETS else None)
     cyclones, plus, rivers = name.partition("+")
-    if not plus:
+    if not plus or cyclones == rivers == _NONE:
         raise _unknown(text, "a name of rules", name, RULES)
-    if cyclones not in CYCLONE_PRESETS:
+    if cyclones not in (_NONE, *CYCLONE_PRESETS):
         raise _unknown(text, "a cyclone preset before the +", cyclones, tuple(CYCLONE_PRESETS))
-    if rivers not in RIVER_PRESETS:
+    if rivers not in (_NONE, *RIVER_PRESETS):
         raise _unknown(text, "a river preset after the +", rivers, tuple(RIVER_PRESETS))
-    return Rules(cyclones, rivers)
+    return Rules(None if cyclones == _NONE else cyclones, None if rivers == _NONE else rivers)
 
 
 def _unknown(where: str, what: str, got: str, known: tuple[str, ...]) -> BadInput:
