@@ -51,8 +51,9 @@ class Rules:
     def name(self) -> str:
         """What goes into a mask file as its labeller, and can be parsed again; where thresholds come from is in `sources`."""
         alone = self.cyclones or self.rivers
-        both = (self.cyclones and self.rivers) or (alone in CYCLONE_PRESETS and alone in RIVER_PRESETS)
-        name = f"{self.cyclones or _NONE}+{self.rivers or _NONE}" if both else alone
+        several = alone in NAMED or (alone in CYCLONE_PRESETS and alone in RIVER_PRESETS)  # that name alone means more
+        full = several or (self.cyclones and self.rivers)
+        name = f"{self.cyclones or _NONE}+{self.rivers or _NONE}" if full else alone
         return f"{PREFIX}{name}" + (f"{_AT}{self.shape}" if self.shape != _PLAIN_SHAPE else "")
 
     @property
