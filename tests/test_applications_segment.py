@@ -145,8 +145,7 @@ def test_bad_file_becomes_a_row_within_the_budget_and_an_error_beyond(archive: P
     assert rows[0]["remedy"]
     with pytest.raises(BadInput, match=r"cut\.nc.*max-skipped"):
         segment([*good, bad], "rules:default", tmp_path / "two")
-    assert not list((tmp_path / "two").glob("cut*"))
-    assert not list((tmp_path / "two").glob(".*tmp"))
+    assert not list((tmp_path / "two").glob("*cut*"))  # of the good file, another process may have been in the middle
 
 
 def test_two_sources_of_one_name_are_refused(archive: Path, tmp_path: Path) -> None:
