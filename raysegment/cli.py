@@ -45,6 +45,7 @@ from raysegment.applications.mask_layout import LAYOUTS
 from raysegment.applications.mllog import mlperf_lines
 from raysegment.applications.pictures import draw_files
 from raysegment.applications.projections import AUTO, PLATE_CARREE, PROJECTIONS
+from raysegment.applications.replay import Span, replay
 from raysegment.applications.report import read_history, report
 from raysegment.applications.scale import MODEL, Table, model_of, needed, scale_check, scale_fit, scale_plan, scale_predict
 from raysegment.applications.scale_calibrate import CalibrateConfig, calibrate
@@ -70,6 +71,7 @@ from raysegment.networks import NETWORKS
 
 BAD_INPUT, FAILURE, STOPPED = 2, 1, 143  # 128 + SIGTERM, as shells have it
 CONFIGS = Path(__file__).parent / "configs"
+_DIFFERENCES = 20  # of a replay, that are printed
 
 
 @dataclass(frozen=True)
@@ -106,7 +108,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return FAILURE
         if options.json:
             print(json.dumps(_jsonable(result)), file=out, flush=True)
-    return FAILURE if result.get("kept") is False else 0
+    return FAILURE if result.get("kept") is False or result.get("equal") is False else 0
 
 
 def script() -> int:
@@ -604,6 +606,28 @@ def _write_or_print(text: str, out: Path | None) -> None:
         temporary.write_text(text)
 
 
+def _replay_options(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("run", type=Path, help="the folder of a run")
+    what = "the steps a … b − 1, as numbered in steps.jsonl; they begin with the nearest checkpoint at or before a"
+    sub.add_argument("--steps", required=True, metavar="a:b", help=what)
+    sub.add_argument("--shards", default="", help="where the run's shards are now (default: where they were)")
+
+
+def _replay(options: argparse.Namespace, console: Console) -> dict[str, Any]:
+    steps = Span.parse(options.steps)
+    with console.phase("replay") as report:
+        result = replay(options.run, steps, options.shards, report, console.say)
+    compared, (first, last) = result["compared"], result["steps"]
+    how = f"{compared['steps']} steps and {compared['states']} states compared, from {result['from']}"
+    print(f"steps {first}:{last} {'equal' if result['equal'] else 'DIFFERENT'}: {how}")
+    rows = [["" if row["step"] is None else row["step"], row["what"], repr(row["logged"]), repr(row["found"])] for row in result["differences"]]
+    if rows:
+        table("where the run and its replay part", ["step", "what", "logged", "found"], rows[:_DIFFERENCES])
+    for name, (there, here) in result["environment"].items():
+        console.say(f"{name}: {there} then, {here} now")
+    return result
+
+
 # ---------------------------------------------------------------- the cluster
 
 
@@ -758,6 +782,8 @@ VERBS = (
          "raysegment bench step --network deeplab --size 192x288", _bench_options, _bench),
     Verb("report", "a run as one HTML page that opens offline, or as MLPerf's log", "raysegment report runs/first",
          _report_options, _report),
+    Verb("replay", "steps of a run computed once more and compared with its log: 0 where equal, 1 where not",
+         "raysegment replay runs/first --steps 120:130", _replay_options, _replay),
     Verb("cluster", "job scripts for Slurm and LSF, manifests for Kubernetes; nodes awaited and drained",
          "raysegment cluster render slurm run=inspect nodes=4 min=2 gpus=8", _cluster_options, _cluster),
     Verb("scale", "throughput, time and goodput on GPUs nobody has measured, from points on few",

@@ -199,6 +199,12 @@ def read_checkpoint(path: Where, training: bool = True) -> Checkpoint:
     raise _no_checkpoint(path)
 
 
+def read_facts(path: Where) -> Facts:
+    """What the checkpoint in the folder `path` says of itself, its record's digest checked; no tensor is read."""
+    place = Place.of(path)
+    return _facts(place, _record(place, FACTS))
+
+
 def read_newest(folder: Where, training: bool = True) -> Checkpoint | None:
     """The newest checkpoint of a folder that is whole, or None; what is newer and damaged is passed over."""
     for path in reversed(list_checkpoints(folder)):

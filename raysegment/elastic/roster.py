@@ -28,7 +28,7 @@ from raysegment.archive.places import Place
 from raysegment.climate.checks import BadInput
 from raysegment.elastic.assembly import Assembly
 from raysegment.elastic.chaos import Plan
-from raysegment.elastic.checkpoints import Draft, prune, publish, remove_orphans
+from raysegment.elastic.checkpoints import Draft, prune, publish, read_facts, remove_orphans
 from raysegment.elastic.ladder import Ladder
 from raysegment.elastic.runs import Run, StepLog
 from raysegment.elastic.settings import TrainConfig
@@ -198,10 +198,13 @@ class Roster:
             published = publish(self.checkpoints, draft)
             prune(self.checkpoints, self.config.checkpoint.keep)
             remove_orphans(self.checkpoints, writers)
+            known = read_facts(published).provenance
         except (OSError, BadInput) as error:
             self.record({"event": "checkpoint_failed", "step": draft.step, "error": str(error)})
             return str(error)
-        self.record({"event": "checkpoint", "step": draft.step, "path": Place.of(published).name, "seconds": seconds})
+        digests = {key: known[key] for key in ("state_sha256", "weights_sha256") if key in known}
+        facts = {"step": draft.step, "path": Place.of(published).name, "seconds": seconds, **digests}
+        self.record({"event": "checkpoint", **facts})
         return ""
 
     def _failed(self, uid: str, message: dict[str, Any]) -> None:

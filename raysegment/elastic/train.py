@@ -18,7 +18,7 @@ import ray
 from filelock import FileLock
 from filelock import Timeout as LockTimeout
 
-from raysegment.archive.manifest import Manifest
+from raysegment.archive.manifest import Manifest, manifest_bytes, set_id
 from raysegment.archive.places import Place
 from raysegment.archive.shards import ShardSet
 from raysegment.climate.checks import BadInput
@@ -79,6 +79,10 @@ def _train(
         workers=room.workers,
         cells=list(config.elastic.cells),
         steps=config.steps,
+        seed=config.learn.seed,
+        manifest_sha256=set_id(manifest_bytes(config.shards)),
+        device="cuda" if room.gpu else "cpu",
+        threads=config.threads,
         ladder=ladder.lines(),
     )
     started = time.monotonic()

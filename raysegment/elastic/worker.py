@@ -127,11 +127,18 @@ def make_learner(config: TrainConfig, manifest: Manifest, device: torch.device |
 
 
 def prepare_device(config: TrainConfig) -> torch.device:
-    """The worker's device, with what equal bits need: a fixed number of threads (as many as CPUs were asked for, whatever
-    the machine has), kernels that give the same result each time (cuDNN's and cuBLAS's on GPUs), no search for the fastest."""
-    torch.set_num_threads(config.threads)
+    """The worker's device, made ready."""
     device = ray.train.torch.get_device()
     assert isinstance(device, torch.device)
+    ensure_equal_bits(config, device)
+    return device
+
+
+def ensure_equal_bits(config: TrainConfig, device: torch.device) -> None:
+    """In this process from now on: a fixed number of threads (as many as CPUs were asked for, whatever the machine has), and
+    with an exact exchange kernels that give the same result each time (cuDNN's and cuBLAS's on GPUs), no search for the fastest.
+    """
+    torch.set_num_threads(config.threads)
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if config.learn.exchange != "fast":
@@ -140,7 +147,6 @@ def prepare_device(config: TrainConfig) -> torch.device:
         # A debugging aid that writes every new tensor twice; no result depends on it.
         torch.utils.deterministic.fill_uninitialized_memory = False  # pyright: ignore[reportAttributeAccessIssue]
         torch.backends.cudnn.benchmark = False
-    return device
 
 
 def _last_report(companion: Companion, learner: Learner, config: TrainConfig, timeout_s: float) -> None:
