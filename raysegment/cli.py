@@ -30,6 +30,7 @@ from raysegment.applications.bench_step import AGAINST, StepConfig, bench_step, 
 from raysegment.applications.campaign import CampaignConfig, run_campaign
 from raysegment.applications.chaos import ChaosConfig, chaos
 from raysegment.applications.chaos import lines as chaos_lines
+from raysegment.applications.cluster.dashboards import DashboardOptions, write_dashboards
 from raysegment.applications.cluster.nodes import DrainOptions, WaitOptions, drain, wait_for_nodes
 from raysegment.applications.cluster.render import SYSTEMS, render
 from raysegment.applications.demo import DemoConfig, run_demo
@@ -63,6 +64,7 @@ from raysegment.climate.checks import BadInput
 from raysegment.climate.consensus import CONSENSUS
 from raysegment.climate.synthetic import SyntheticConfig
 from raysegment.console import Console, table
+from raysegment.elastic.telemetry import METRICS
 from raysegment.elastic.train import Stopped, TrainConfig, train
 from raysegment.feed.distribute import Assignment, distribute
 from raysegment.feed.stage import StageConfig, stage
@@ -620,9 +622,10 @@ def _replay(options: argparse.Namespace, console: Console) -> dict[str, Any]:
     compared, (first, last) = result["compared"], result["steps"]
     how = f"{compared['steps']} steps and {compared['states']} states compared, from {result['from']}"
     print(f"steps {first}:{last} {'equal' if result['equal'] else 'DIFFERENT'}: {how}")
-    rows = [["" if row["step"] is None else row["step"], row["what"], repr(row["logged"]), repr(row["found"])] for row in result["differences"]]
+    rows = [["run" if row["step"] is None else row["step"], row["what"], repr(row["logged"]), repr(row["found"])]
+            for row in result["differences"][:_DIFFERENCES]]  # fmt: skip
     if rows:
-        table("where the run and its replay part", ["step", "what", "logged", "found"], rows[:_DIFFERENCES])
+        table(f"where they part, {len(result['differences'])} in all", ["step", "what", "logged", "found"], rows)
     for name, (there, here) in result["environment"].items():
         console.say(f"{name}: {there} then, {here} now")
     return result
@@ -634,12 +637,13 @@ def _replay(options: argparse.Namespace, console: Console) -> dict[str, Any]:
 def _cluster_options(sub: argparse.ArgumentParser) -> None:
     what = (
         f"render {'|'.join(SYSTEMS)}: a job script or manifests; wait: until this cluster has its nodes; "
-        "drain: tell this cluster that a node will end"
+        "drain: tell this cluster that a node will end; dashboards: Grafana's, made of the metrics that training exports"
     )
-    sub.add_argument("what", choices=("render", "wait", "drain"), help=what)
-    keys = 'render: run="VERB …" nodes=4 min=2 gpus=8 …; wait: nodes=4 min=2; drain: deadline_s=120'
+    sub.add_argument("what", choices=("render", "wait", "drain", "dashboards"), help=what)
+    keys = 'render: run="VERB …" nodes=4 min=2 gpus=8 …; wait: nodes=4 min=2; drain: deadline_s=120; dashboards: grafana=DIR'
     sub.add_argument("options", nargs="*", metavar="SYSTEM, key=value", help=keys)
-    sub.add_argument("--out", type=Path, help="render: file to write (default: standard output)")
+    where = "render: file to write (default: standard output); dashboards: folder (default: beside Ray's own)"
+    sub.add_argument("--out", type=Path, help=where)
 
 
 def _cluster(options: argparse.Namespace, console: Console) -> dict[str, Any]:
@@ -647,6 +651,10 @@ def _cluster(options: argparse.Namespace, console: Console) -> dict[str, Any]:
         return wait_for_nodes(_configured(WaitOptions, None, options.options), say=console.say)
     if options.what == "drain":
         return drain(_configured(DrainOptions, None, options.options))
+    if options.what == "dashboards":
+        written = write_dashboards(_configured(DashboardOptions, None, options.options), options.out)
+        print("\n".join(str(path) for path in written))
+        return {"written": written, "metrics": len(METRICS)}
     system, *overrides = options.options or [""]
     text = render(system, overrides, [verb.name for verb in VERBS])
     _write_or_print(text, options.out)
@@ -784,7 +792,7 @@ VERBS = (
          _report_options, _report),
     Verb("replay", "steps of a run computed once more and compared with its log: 0 where equal, 1 where not",
          "raysegment replay runs/first --steps 120:130", _replay_options, _replay),
-    Verb("cluster", "job scripts for Slurm and LSF, manifests for Kubernetes; nodes awaited and drained",
+    Verb("cluster", "job scripts for Slurm and LSF, manifests for Kubernetes; nodes awaited and drained; dashboards",
          "raysegment cluster render slurm run=inspect nodes=4 min=2 gpus=8", _cluster_options, _cluster),
     Verb("scale", "throughput, time and goodput on GPUs nobody has measured, from points on few",
          "raysegment scale predict --model model.yaml --system juwels_v1 --gpus 2048", _scale_options, _scale),

@@ -121,7 +121,8 @@ def replay(
 
 def _config(run: Run, shards: str) -> TrainConfig:
     if not run.config.is_file():
-        raise BadInput(run.folder, "the folder of a run", "no config.yaml in it", "Give the folder that `train` was told as `out`.")
+        remedy = "Give the folder that `train` was told as `out`."
+        raise BadInput(run.folder, "the folder of a run", "no config.yaml in it", remedy)
     config = configuration.load(TrainConfig, configuration.read_yaml(run.config), run.config)
     return replace(config, shards=shards) if shards else config
 
@@ -215,7 +216,7 @@ def _begin(
         return _SEED, {}
     expected = f"a whole checkpoint at or before step {first}"
     got = ", ".join(str(step_of(path)) for path in there) or "none"
-    remedy = "Choose steps after one of those, or begin with step 0, whose state follows from the seed; checkpoint.keep keeps more"
+    remedy = "Choose steps after one of those, or begin with step 0, whose state follows from the seed; see checkpoint.keep."
     raise BadInput(_place(run, config), expected, f"checkpoints of the steps {got}", remedy)
 
 

@@ -28,9 +28,11 @@ from raysegment.climate.checks import BadInput
 from raysegment.elastic.checkpoints import FACTS, list_checkpoints
 from raysegment.elastic.runs import Run, summarise
 from raysegment.elastic.settings import flat
+from raysegment.feed.quarantine import FILE, Quarantine
 
 NAME = "report.html"
 _EXAMPLES = 4  # masks that are shown
+_ANY = 2**31  # damaged tiles
 _LISTED = 200  # events that are listed
 _TOLD = ("lost", "fault", "failure", "save_failed", "replace", "straggler", "quarantine", "roster_restarted", "memory_off",
          "fenced", "stop", "start", "end")  # fmt: skip
@@ -85,7 +87,7 @@ def read_history(folder: str | Path) -> History:
         config,
         _lines(run.steps),
         _lines(run.events),
-        len(_lines(run.folder / "quarantine.jsonl")),
+        _damaged(run),
         _read(run.summary, lambda path: json.loads(path.read_text())) if run.summary.exists() else None,
         _newest_facts(run),
     )
@@ -157,6 +159,13 @@ def _lines(path: Path) -> list[dict[str, Any]]:
         return [json.loads(line) for line in whole]
     except ValueError as error:
         raise BadInput(path, "one JSON object per line", error, "The file is damaged; restore it.") from None
+
+
+def _damaged(run: Run) -> int:
+    """How many tiles have been left out."""
+    quarantine = Quarantine(_ANY, _ANY, run.folder / FILE)
+    quarantine.refresh()
+    return quarantine.count
 
 
 def _newest_facts(run: Run) -> Mapping[str, Any]:

@@ -30,6 +30,7 @@ from raysegment.elastic.ladder import Ladder
 from raysegment.elastic.runs import Run, read_lines, summarise
 from raysegment.elastic.safe import check_same
 from raysegment.elastic.settings import CheckpointConfig, TrainConfig
+from raysegment.elastic.watch import Tally, Watch
 from raysegment.feed.quarantine import allowed
 from raysegment.feed.session import ensure_ray
 from raysegment.learning.flops import training_flops
@@ -38,7 +39,7 @@ from raysegment.learning.step import initialise
 __all__ = ["CheckpointConfig", "Stopped", "TrainConfig", "train", "use_gpu"]
 
 Progress = Callable[[int, int, str], None]
-_TAIL_EVERY_S = 0.25
+_LOOK_EVERY_S = 0.25
 
 
 class Stopped(Exception):
@@ -87,10 +88,12 @@ def _train(
     )
     started = time.monotonic()
     fleet = Fleet(config, run, room, say)
-    with _tail(run, config.steps, progress), _ending_well(fleet):
+    flops = training_flops(initialise(config.network, 0), manifest.tile, config.network.channels)
+    tally = Tally(config.steps, config.learn.global_batch, manifest.tiles, manifest.classes, flops)
+    with _following(Watch(run, config.name, tally), config.steps, progress, say), _ending_well(fleet):
         status = fleet.run()
     _check_complete(run, config, status)
-    summary = _summary(run, config, manifest)
+    summary = _summary(run, config, flops)
     summary |= {"seconds": time.monotonic() - started, "resumed_from": str(resumed_from) if resumed_from else None}
     run.event("end", steps=config.steps)
     run.finish(summary)
@@ -206,13 +209,11 @@ def _check_room(config: TrainConfig, room: Room) -> None:
 
 
 @contextmanager
-def _tail(run: Run, total: int, progress: Progress | None) -> Iterator[None]:
-    """While inside, tell `progress` of every step line that appears."""
-    if progress is None:
-        yield
-        return
+def _following(watch: Watch, total: int, progress: Progress | None, say: Callable[[str], None]) -> Iterator[None]:
+    """While inside, a thread reads the run's log as it grows, exports its metrics and tells `progress` of its steps."""
     done = threading.Event()
-    thread = threading.Thread(target=_follow, args=(run, total, progress, done), name="tail-steps", daemon=True)
+    asked = (watch, total, progress or (lambda *_: None), done)
+    thread = threading.Thread(target=_follow, args=(*asked, say), name="watch", daemon=True)
     thread.start()
     try:
         yield
@@ -221,11 +222,15 @@ def _tail(run: Run, total: int, progress: Progress | None) -> Iterator[None]:
         thread.join(timeout=5)
 
 
-def _follow(run: Run, total: int, progress: Progress, done: threading.Event) -> None:
-    offset, last = 0, False
+def _follow(watch: Watch, total: int, progress: Progress, done: threading.Event, say: Callable[[str], None]) -> None:
+    last = False
     while not last:
-        last = done.wait(_TAIL_EVERY_S)  # once more after the end
-        lines, offset = read_lines(run.steps, offset)
+        last = done.wait(_LOOK_EVERY_S)  # once more after the end
+        try:
+            lines = watch.look()
+        except Exception as error:  # whatever it is, training goes on
+            say(f"no more metrics and progress: {type(error).__name__}: {error}")
+            return
         if lines:
             loss = lines[-1]["loss"]
             progress(lines[-1]["step"] + 1, total, "" if loss is None else f"loss {loss:.4f}")
@@ -249,11 +254,10 @@ def _check_complete(run: Run, config: TrainConfig, status: dict[str, Any]) -> No
                        f"See {run.events}; the same command tries again.")  # fmt: skip
 
 
-def _summary(run: Run, config: TrainConfig, manifest: Manifest) -> dict[str, Any]:
+def _summary(run: Run, config: TrainConfig, flops: float) -> dict[str, Any]:
     """What the run's own files say about it."""
     checkpoint = newest_valid(config.checkpoint_place)
     assert checkpoint is not None
-    flops = training_flops(initialise(config.network, 0), manifest.tile, config.network.channels)
     provenance = read_checkpoint(checkpoint, training=False).facts.provenance
     return {
         **summarise(read_lines(run.steps)[0], flops),
