@@ -23,6 +23,7 @@ from raysegment.elastic.settings import ElasticConfig, ValidationConfig
 from raysegment.elastic.telemetry import METRICS
 from raysegment.elastic.train import train
 from raysegment.feed.stream import FeedConfig
+from tests.members import wait_for
 from tests.small_training import config, spoil, write_shards
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("two_cpus")]
@@ -38,7 +39,8 @@ def undisturbed(shards, tmp_path_factory):
     """One worker, nothing happens, tiles read in place."""
     out = tmp_path_factory.mktemp("undisturbed")
     heard = []
-    asked = config(shards, out, feed=FeedConfig(kind="direct"), validation=ValidationConfig(str(shards), every_steps=6))
+    validation = ValidationConfig(str(shards), every_steps=6)
+    asked = config(shards, out, name="watched", feed=FeedConfig(kind="direct"), validation=validation)
     summary = train(asked, lambda *news: heard.append(news))
     return out, summary, heard
 
@@ -67,30 +69,6 @@ def test_a_run_leaves_all_it_should(undisturbed, shards):
     assert checkpoint.facts.cursor == 72
     assert state_sha256(checkpoint.weights, checkpoint.state) == summary["state_sha256"]
     assert len(checkpoint.facts.provenance["class_weights"]) == 3
-
-
-def test_every_metric_is_exported(undisturbed):
-    """Those of the dashboard, as Prometheus would read them from the node's agent, with the values of the run's log."""
-    expected = {metric.exported_name for metric in METRICS}
-    found = wait_for(lambda: exported(expected), "all metrics at the node's agent", 60)
-    last = lines(undisturbed[0] / "steps.jsonl")[-1]
-    assert found["ray_raysegment_cursor", ""] == 72
-    assert found["ray_raysegment_loss", ""] == pytest.approx(last["loss"])
-    assert found["ray_raysegment_time_share", "compute"] > 0
-    assert found["ray_raysegment_flops_per_second", "peak"] >= found["ray_raysegment_flops_per_second", "sustained"] > 0
-    assert 0 <= found["ray_raysegment_iou", "background"] <= 1
-    assert found["ray_raysegment_restarts", ""] == 0
-
-
-def exported(expected: set[str]) -> dict[tuple[str, str], float] | None:
-    """Values of the run `train` by name and tag (class, cause or figure), as soon as all metrics are there."""
-    (node,) = ray.nodes()
-    with urlopen(f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics") as answer:
-        families = list(text_string_to_metric_families(answer.read().decode()))
-    samples = [sample for family in families for sample in family.samples if sample.labels.get("run") == "train"]
-    tags = ("class", "cause", "figure")
-    found = {(each.name, "".join(each.labels.get(tag, "") for tag in tags)): each.value for each in samples}
-    return found if expected <= {name for name, _ in found} else None
 
 
 def test_a_finished_run_is_returned_and_another_refused(undisturbed, shards, tmp_path):
@@ -231,3 +209,30 @@ def test_more_missing_than_a_run_bears_is_said_at_once(shards, tmp_path):
     with pytest.raises(BadInput, match="without credentials"):
         train(replace(config(private, out), shards="s3://key:secret@bucket/shards"))
     assert not out.exists()
+
+
+def test_every_metric_is_exported(undisturbed):
+    """Those of the dashboard, as Prometheus would read them from the node's agent, with the values of the run's log.
+
+    The last test here: agents export every ten seconds, and by now they have.
+    """
+    expected = {metric.exported_name for metric in METRICS}
+    found = wait_for(lambda: exported(expected), "all metrics at the node's agent", 60)
+    last = lines(undisturbed[0] / "steps.jsonl")[-1]
+    assert found["ray_raysegment_cursor", ""] == 72
+    assert found["ray_raysegment_loss", ""] == pytest.approx(last["loss"])
+    assert found["ray_raysegment_time_share", "compute"] > 0
+    assert found["ray_raysegment_flops_per_second", "peak"] >= found["ray_raysegment_flops_per_second", "sustained"] > 0
+    assert 0 <= found["ray_raysegment_iou", "background"] <= 1
+    assert found["ray_raysegment_restarts", ""] == 0
+
+
+def exported(expected: set[str]) -> dict[tuple[str, str], float] | None:
+    """Values of the run `watched` by name and tag (class, cause or figure), as soon as all metrics are there."""
+    (node,) = ray.nodes()
+    with urlopen(f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics") as answer:
+        families = list(text_string_to_metric_families(answer.read().decode()))
+    samples = [sample for family in families for sample in family.samples if sample.labels.get("run") == "watched"]
+    tags = ("class", "cause", "figure")
+    found = {(each.name, "".join(each.labels.get(tag, "") for tag in tags)): each.value for each in samples}
+    return found if expected <= {name for name, _ in found} else None

@@ -174,7 +174,7 @@ def test_every_metric_has_its_panel_in_the_row_of_its_question():
 
 def test_beside_rays_own(tmp_path):
     """A folder as a head leaves it: both files are where its grafana.ini has Grafana look."""
-    with pytest.raises(BadInput, match="no .*/provisioning"):
+    with pytest.raises(BadInput, match=r"no .*/provisioning"):
         write_dashboards(DashboardOptions(str(tmp_path)))
     (tmp_path / "provisioning" / "dashboards").mkdir(parents=True)
     (tmp_path / "provisioning" / "dashboards" / "default.yml").write_text("Ray's")

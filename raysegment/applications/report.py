@@ -20,12 +20,13 @@ from typing import Any
 import yaml
 
 from raysegment.applications.pictures import draw_files
+from raysegment.applications.report_examples import draw_examples
 from raysegment.applications.report_figures import Picture, draw_curves, draw_masks, draw_shares, draw_validation, draw_world
 from raysegment.archive.files import committed
 from raysegment.archive.masks import MASK_SUFFIX
 from raysegment.archive.snapshots import list_sources
 from raysegment.climate.checks import BadInput
-from raysegment.elastic.checkpoints import FACTS, list_checkpoints
+from raysegment.elastic.checkpoints import FACTS, find_checkpoint, list_checkpoints
 from raysegment.elastic.runs import Run, summarise
 from raysegment.elastic.settings import flat
 from raysegment.feed.quarantine import FILE, Quarantine
@@ -34,8 +35,8 @@ NAME = "report.html"
 _EXAMPLES = 4  # masks that are shown
 _ANY = 2**31  # damaged tiles
 _LISTED = 200  # events that are listed
-_TOLD = ("lost", "fault", "failure", "save_failed", "replace", "straggler", "quarantine", "roster_restarted", "memory_off",
-         "fenced", "stop", "start", "end")  # fmt: skip
+_TOLD = ("lost", "node_lost", "fault", "failure", "save_failed", "checkpoint_failed", "replace", "straggler",
+         "roster_restarted", "memory_off", "fenced", "stop", "start", "end")  # fmt: skip
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #1b1f24; background: #fff; margin: 2rem auto; max-width: 70rem }
 h1 { margin-bottom: 0 } h2 { margin-top: 2.2rem; border-bottom: 1px solid #ccd2d9 }
@@ -98,8 +99,8 @@ def report(
 ) -> dict[str, Any]:
     """Write the page of a run to `out` (default: `report.html` in its folder); where it is and what it shows.
 
-    `masks`: mask files or folders to show examples of (default: those below the run's folder); `sources`: the files they
-    were made of, drawn beneath them.
+    `masks`: mask files or folders to show examples of (default: those below the run's folder, or where there are none some
+    tiles as the newest checkpoint labels them); `sources`: the files they were made of, drawn beneath them.
     """
     history = read_history(folder)
     target = out or history.folder / NAME
@@ -180,10 +181,23 @@ def _newest_facts(run: Run) -> Mapping[str, Any]:
 
 def _examples(history: History, masks: Sequence[Path], sources: Sequence[str]) -> list[Picture]:
     found = [file for path in masks or [history.folder] for file in _mask_files(path)]
+    if not found and not masks:
+        return _of_shards(history)
     if masks and not found:
         raise BadInput(masks[0], f"files *{MASK_SUFFIX}", "none", "Make them with `raysegment segment … --labeller RUN`.")
     by_name = {Path(source).stem: source for source in (list_sources(sources) if sources else [])}
     return [_example(path, by_name.get(path.name.removesuffix(MASK_SUFFIX))) for path in found[:_EXAMPLES]]
+
+
+def _of_shards(history: History) -> list[Picture]:
+    """Tiles that the run is validated with, or else trained on, where they and a checkpoint are still there."""
+    held_out = str(history.config.get("validation", {}).get("shards", ""))
+    shards, whose = (held_out, "that are not trained on") if held_out else (str(history.config["shards"]), "of the training set")
+    place = str(history.config.get("checkpoint", {}).get("place", "")) or history.folder / "checkpoints"
+    try:
+        return draw_examples(find_checkpoint(place), shards, whose)
+    except (BadInput, OSError):  # moved, or nothing saved yet: a page without examples
+        return []
 
 
 def _mask_files(path: Path) -> list[Path]:
@@ -240,7 +254,7 @@ def _table(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
 
 def _time_table(history: History) -> str:
     shares = history.figures.get("time_shares", {})
-    return _table(("share of the steps' time", "%"), [(cause, f"{100 * share:.2f}") for cause, share in shares.items()])
+    return _table(("share of the steps' time", "%"), [(cause, f"{max(0.0, 100 * share):.2f}") for cause, share in shares.items()])
 
 
 def _counts(history: History) -> str:
@@ -256,7 +270,7 @@ def _event_table(history: History) -> str:
         return ""
     kinds = Counter(str(event["event"]) for event in history.events)
     told = [event for event in history.events if event["event"] in _TOLD]
-    began = history.events[0]["time"]
+    began = min(event["time"] for event in history.events)
     rows = [(f"{event['time'] - began:.1f}", event["event"], _facts(event)) for event in told[:_LISTED]]
     more = f"<p>… and {len(told) - _LISTED} more in events.jsonl</p>" if len(told) > _LISTED else ""
     counted = ", ".join(f"{number} {kind}" for kind, number in kinds.most_common())

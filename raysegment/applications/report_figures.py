@@ -22,6 +22,7 @@ _COLOURS = {kind: PALETTES[STANDARD].of(kind) for kind in (CYCLONE, RIVER)}
 _POINTS = 1000  # along a curve: more are not seen, and a page of a million steps would not open
 _MARKS = {  # event → its mark in the picture of the world's size: colour, sign, words
     "lost": ("#a40e26", "v", "member lost"),
+    "node_lost": ("#a40e26", "X", "node lost"),
     "fault": ("#e08a00", "x", "fault injected"),
     "save_failed": ("#7b3fa0", "s", "saving failed"),
     "checkpoint": ("#2a7d3f", "|", "checkpoint"),
@@ -71,7 +72,7 @@ def draw_curves(steps: Sequence[Line]) -> list[Picture]:
         "gradient norm": curve(x, [step.get("grad_norm") for step in steps]),
         "samples/s": curve(x, pace),
     }
-    pyplot = _pyplot()
+    pyplot = load_pyplot()
     figure, axes = pyplot.subplots(2, 2, figsize=(11, 6), sharex=True, layout="constrained")
     for panel, (name, held) in zip(axes.flat, panels.items(), strict=True):
         panel.fill_between(held.x, held.least, held.most, color="#9cc3ec", linewidth=0)
@@ -91,7 +92,7 @@ def draw_validation(events: Sequence[Line]) -> list[Picture]:
     found = [event for event in events if event["event"] == "validation"]
     if not found:
         return []
-    pyplot = _pyplot()
+    pyplot = load_pyplot()
     figure, panel = pyplot.subplots(figsize=(11, 3.2), layout="constrained")
     x = [event["step"] for event in found]
     for number, name in enumerate(CLASSES):
@@ -99,7 +100,7 @@ def draw_validation(events: Sequence[Line]) -> list[Picture]:
         panel.plot(held.x, held.mean, marker=".", color=_COLOURS.get(number, "#57606a"), label=name.replace("_", " "))
     held = curve(x, [event["mean_iou"] for event in found])
     panel.plot(held.x, held.mean, color="#1b1f24", linestyle="--", label="mean")
-    panel.set(xlabel="step", ylabel="IoU", ylim=(0, 1))
+    panel.set(xlabel="step", ylabel="IoU", xlim=(0, max(*x, 1) * 1.02), ylim=(0, 1))
     panel.legend(frameon=False, ncols=4)
     return [_svg(pyplot, figure, "Validation: IoU per class on tiles that are not trained on")]
 
@@ -112,7 +113,7 @@ def draw_shares(steps: Sequence[Line]) -> list[Picture]:
     parts = {cause.removesuffix("_s"): curve(x, [step.get(cause, 0.0) for step in steps]) for cause in CAUSES}
     whole = curve(x, [step["step_s"] for step in steps])
     other = np.maximum(whole.mean - sum(held.mean for held in parts.values()), 0.0)
-    pyplot = _pyplot()
+    pyplot = load_pyplot()
     figure, panel = pyplot.subplots(figsize=(11, 3.2), layout="constrained")
     colours = ("#6fa8dc", "#1f5fa8", "#e08a00", "#2a7d3f", "#7b3fa0", "#b8bec5")
     values = [*(held.mean for held in parts.values()), other]
@@ -123,13 +124,13 @@ def draw_shares(steps: Sequence[Line]) -> list[Picture]:
 
 
 def draw_world(steps: Sequence[Line], events: Sequence[Line]) -> list[Picture]:
-    """Members over time, with what befell them; time in minutes since the command was first started."""
+    """Members over time, with what befell them; time since the command was first started."""
     times = [line["time"] for line in (*steps, *events)]
     if not steps or not times:
         return []
-    began = min(times)
-    changes = _changes(steps, began)
-    pyplot = _pyplot()
+    began, unit, seconds = min(times), *_unit(max(times) - min(times))
+    changes = _changes(steps, began, seconds)
+    pyplot = load_pyplot()
     figure, (panel, marks) = pyplot.subplots(2, 1, figsize=(11, 4.2), sharex=True, height_ratios=(2, 1.2), layout="constrained")
     panel.step(*zip(*changes, strict=True), where="post", color="#1f5fa8")
     panel.set(ylabel="members", ylim=(0, max(size for _, size in changes) + 0.5))
@@ -137,28 +138,33 @@ def draw_world(steps: Sequence[Line], events: Sequence[Line]) -> list[Picture]:
     shown = [kind for kind in _MARKS if any(event["event"] == kind for event in events)]
     for row, kind in enumerate(shown):
         colour, sign, _ = _MARKS[kind]
-        at = [(event["time"] - began) / 60 for event in events if event["event"] == kind]
+        at = [(event["time"] - began) / seconds for event in events if event["event"] == kind]
         marks.plot(at, [row] * len(at), sign, color=colour, markersize=6, linestyle="")
-        if kind in ("lost", "fault"):
+        if kind in ("lost", "node_lost", "fault"):
             panel.vlines(at, 0, 1, transform=panel.get_xaxis_transform(), color=colour, linewidth=0.6, alpha=0.5)
     marks.set_yticks(range(len(shown)), [_MARKS[kind][2] for kind in shown])
-    marks.set(xlabel="minutes", ylim=(-0.6, max(len(shown), 1) - 0.4))
+    marks.set(xlabel=unit, ylim=(-0.6, max(len(shown), 1) - 0.4))
     return [_svg(pyplot, figure, "World size over time; lines mark members lost and faults injected")]
 
 
-def _changes(steps: Sequence[Line], began: float) -> list[tuple[float, int]]:
-    """(minutes, members) wherever the number of members changes, and at the end."""
+def _unit(whole_s: float) -> tuple[str, float]:
+    """In which unit so long a time is told, and the seconds of one."""
+    return ("seconds", 1.0) if whole_s < 300 else ("minutes", 60.0) if whole_s < 18000 else ("hours", 3600.0)
+
+
+def _changes(steps: Sequence[Line], began: float, unit_s: float) -> list[tuple[float, int]]:
+    """(time, members) wherever the number of members changes, and at the end."""
     found: list[tuple[float, int]] = []
     for step in steps:
         if not found or found[-1][1] != step["world"]:
-            found.append(((step["time"] - step["step_s"] - began) / 60, step["world"]))
-    return [*found, ((steps[-1]["time"] - began) / 60, steps[-1]["world"])]
+            found.append(((step["time"] - step["step_s"] - began) / unit_s, step["world"]))
+    return [*found, ((steps[-1]["time"] - began) / unit_s, steps[-1]["world"])]
 
 
 def draw_masks(path: Path) -> Picture:
     """The first map of a mask file, by itself."""
     masks = read_masks(path)
-    pyplot = _pyplot()
+    pyplot = load_pyplot()
     figure, panel = pyplot.subplots(figsize=(11, 5.2), layout="constrained")
     grid = masks.grid
     extent = (
@@ -167,7 +173,7 @@ def draw_masks(path: Path) -> Picture:
         grid.lat[0] - grid.dlat / 2,
         grid.lat[-1] + grid.dlat / 2,
     )
-    panel.imshow(_painted(masks.masks[0]), extent=extent, origin="lower", aspect="auto", interpolation="nearest")
+    panel.imshow(painted(masks.masks[0]), extent=extent, origin="lower", aspect="auto", interpolation="nearest")
     panel.set(xlabel="longitude (°)", ylabel="latitude (°)")
     panel.set_title(f"red: {TITLES[CYCLONE]}, blue: {TITLES[RIVER]}", loc="left", fontsize=10)
     content = io.BytesIO()
@@ -176,7 +182,7 @@ def draw_masks(path: Path) -> Picture:
     return Picture(f"{path.name}, {masks.labeller}, {masks.time_labels[0]}", "image/png", content.getvalue())
 
 
-def _painted(mask: NDArray[np.uint8]) -> NDArray[np.uint8]:
+def painted(mask: NDArray[np.uint8]) -> NDArray[np.uint8]:
     """A mask (H, W) as colours (H, W, 3)."""
     colours = np.full((max(len(CLASSES), int(mask.max()) + 1), 3), 242, np.uint8)
     for number, colour in _COLOURS.items():
@@ -194,7 +200,8 @@ def _svg(pyplot: Any, figure: Any, title: str) -> Picture:
     return Picture(title, "image/svg+xml", whole[whole.index(b"<svg") :])
 
 
-def _pyplot() -> Any:
+def load_pyplot() -> Any:
+    """The drawing library, set for the figures of a page."""
     import matplotlib
 
     matplotlib.use("Agg")
