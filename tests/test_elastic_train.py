@@ -13,6 +13,7 @@ import ray
 from filelock import FileLock
 from prometheus_client.parser import text_string_to_metric_families
 
+from raysegment.applications.report import report
 from raysegment.archive.manifest import Manifest
 from raysegment.climate.checks import BadInput
 from raysegment.elastic.checkpoints import list_checkpoints, read_checkpoint
@@ -49,7 +50,7 @@ def lines(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def test_a_run_leaves_all_it_should(undisturbed, shards):
+def test_a_run_leaves_all_it_should(undisturbed, shards, tmp_path):
     out, summary, heard = undisturbed
     steps = lines(out / "steps.jsonl")
     assert [step["step"] for step in steps] == list(range(12))
@@ -69,6 +70,9 @@ def test_a_run_leaves_all_it_should(undisturbed, shards):
     assert checkpoint.facts.cursor == 72
     assert state_sha256(checkpoint.weights, checkpoint.state) == summary["state_sha256"]
     assert len(checkpoint.facts.provenance["class_weights"]) == 3
+    begun = next(event for event in lines(out / "events.jsonl") if event["event"] == "start")
+    assert (begun["seed"], begun["manifest_sha256"]) == (3, checkpoint.facts.provenance["manifest_sha256"])
+    assert report(out, tmp_path / "page.html")["masks"] == 1, "tiles as the checkpoint labels them"
 
 
 def test_a_finished_run_is_returned_and_another_refused(undisturbed, shards, tmp_path):

@@ -56,7 +56,9 @@ def _asked(history: History) -> dict[str, Any]:
     """The configuration under MLPerf's names."""
     learn = history.config["learn"]
     optim = learn["optim"]
-    shards = history.checkpoint.get("provenance", {})
+    environment = next((event for event in history.events if event["event"] == "environment"), {})
+    start = next((event for event in history.events if event["event"] == "start"), {})
+    digest = start.get("manifest_sha256") or history.checkpoint.get("provenance", {}).get("manifest_sha256")
     return {
         "submission_benchmark": "deepcam",
         "submission_division": "open",
@@ -73,7 +75,9 @@ def _asked(history: History) -> dict[str, Any]:
         "opt_weight_decay": optim["weight_decay"],
         "scheduler_type": optim["schedule"],
         "scheduler_lr_warmup_steps": optim["warmup_steps"],
-        "dataset_digest": shards.get("manifest_sha256"),
+        "dataset_digest": digest,
+        "git_revision": environment.get("git"),
+        **{f"version_{name}": held for name, held in environment.get("packages", {}).items()},
     }
 
 

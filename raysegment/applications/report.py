@@ -285,12 +285,14 @@ def _facts(event: Mapping[str, Any]) -> str:
 def _provenance(history: History) -> str:
     known = history.checkpoint.get("provenance", {})
     environment = next((event for event in reversed(history.events) if event["event"] == "environment"), {})
+    start = next((event for event in history.events if event["event"] == "start"), {})
     figures = history.summary or {}
     rows = {
         "run": _read_key(history),
-        "manifest of the shards, SHA-256": known.get("manifest_sha256"),
+        "manifest of the shards, SHA-256": known.get("manifest_sha256") or start.get("manifest_sha256"),
         "labels of the shards": known.get("labels"),
         "seed": history.config.get("learn", {}).get("seed"),
+        "device": start.get("device"),
         "newest checkpoint, step": history.checkpoint.get("step"),
         "weights, SHA-256": figures.get("weights_sha256") or known.get("weights_sha256"),
         "state, SHA-256": figures.get("state_sha256") or known.get("state_sha256"),
