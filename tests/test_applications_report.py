@@ -253,6 +253,8 @@ def test_the_log_as_mlperfs(tmp_path):
     assert order == ["init_start", "init_stop", "run_start", "run_stop"]
     assert of["run_stop"][0]["metadata"]["status"] == "success"
     assert (of["global_batch_size"][0]["value"], of["seed"][0]["value"], of["opt_name"][0]["value"]) == (6, 3, "adamw")
+    assert of["git_revision"][0]["value"] == environment()["git"]
+    assert of["version_torch"][0]["value"] == environment()["packages"]["torch"]
     assert len(of["train_loss"]) == 40
     assert of["train_loss"][4]["value"] == 0.4
     assert [record["value"] for record in of["eval_accuracy"]] == [0.5]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -15,12 +16,15 @@ from urllib.request import urlopen
 
 import pytest
 import yaml
+from PIL import Image
 
 from raysegment.applications.cluster.dashboards import DashboardOptions, write_dashboards
+from raysegment.applications.report import report
 from raysegment.elastic.settings import ElasticConfig, ValidationConfig, plain
 from tests.head import Head, answers, free_port, head, script
 from tests.members import wait_for
 from tests.small_training import config, write_shards
+from tests.test_applications_report import Page, write_run
 
 pytestmark = [pytest.mark.slow, pytest.mark.packages, pytest.mark.timeout(900)]
 
@@ -101,6 +105,22 @@ def test_prometheus_finds_every_node_of_the_cluster_by_rays_own_list(training):
     assert up <= targets
 
 
+_OF_THE_BROWSER = re.compile(r"https?://[^/]*\.(google|googleapis|gvt1)\.com/")  # whatever page it shows; no name resolves here
+
+
+def test_a_runs_page_opens_offline(tmp_path):
+    """Chromium shows the pictures of the page, whose policy forbids whatever is not in it, and asks the network for nothing."""
+    folder = write_run(tmp_path / "run")
+    page, log = Path(report(folder)["report"]), tmp_path / "network.json"
+    picture = Path(os.environ.get("RAYSEGMENT_PICTURES", tmp_path)) / "report.png"
+    text = browse(page.as_uri(), picture, tmp_path / "profile", f"--log-net-log={log}", "--window-size=1200,4000")
+    assert text.count("<img") == len(Page(page).pictures()) >= 4
+    colours = {colour for _, colour in Image.open(picture).convert("RGB").getcolors(1 << 24)}
+    assert {(0x1F, 0x5F, 0xA8), (0xA4, 0x0E, 0x26)} <= colours, "curves, and the mark of a member lost"
+    asked = re.findall(r'"url":"(https?://[^"]*)"', log.read_text())
+    assert [url for url in asked if not _OF_THE_BROWSER.match(url)] == []
+
+
 PAGES = {"job": "/#/jobs/{job}", "train": "/#/train", "run": "/#/train/{run}"}
 
 
@@ -125,10 +145,12 @@ def train_runs(found: Head) -> list[dict]:
         return []
 
 
-def browse(url: str, picture: Path, profile: Path) -> str:
+def browse(url: str, picture: Path, profile: Path, *more: str) -> str:
     """A page as headless Chromium shows it: a picture of it, and its text."""
-    words = [needed("chromium"), "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={profile}",
-             "--window-size=1400,1000", "--virtual-time-budget=20000"]  # fmt: skip
+    words = [needed("chromium"), "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={profile}", "--no-first-run",
+             "--disable-background-networking", "--disable-component-update", "--disable-sync",
+             "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1", "--window-size=1400,1000",
+             "--virtual-time-budget=20000", *more]  # fmt: skip
     subprocess.run([*words, f"--screenshot={picture}", url], check=True, capture_output=True, timeout=240)
     shown = subprocess.run([*words, "--dump-dom", url], check=True, capture_output=True, timeout=240)
     assert picture.read_bytes().startswith(b"\x89PNG")
