@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
+import subprocess
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import yaml
 
-from raysegment.applications.cluster.dashboards import DashboardOptions, dashboard, provider, write_dashboards
+from raysegment.applications.cluster.dashboards import SELECTOR, DashboardOptions, dashboard, provider, write_dashboards
 from raysegment.climate.checks import BadInput
 from raysegment.elastic.runs import CAUSES as LOGGED
 from raysegment.elastic.runs import Run, summarise
-from raysegment.elastic.telemetry import BY_NAME, CAUSES, HISTOGRAM, METRICS, QUESTIONS
+from raysegment.elastic.telemetry import BY_NAME, CAUSES, HISTOGRAM, METRICS, QUESTIONS, Metric
 from raysegment.elastic.watch import Tally, Watch
 from tests.helpers import ROOT
 
@@ -170,6 +172,30 @@ def test_every_metric_has_its_panel_in_the_row_of_its_question():
     cells = [(panel["gridPos"]["y"] + y, panel["gridPos"]["x"] + x)
              for panel in panels for y in range(panel["gridPos"]["h"]) for x in range(panel["gridPos"]["w"])]  # fmt: skip
     assert len(cells) == len(set(cells)), "panels that lie on one another"
+
+
+@pytest.mark.packages
+def test_prometheus_understands_every_query(tmp_path):
+    """Its own unit tests of queries: series that grow for ten minutes, and an answer for each panel."""
+    if (program := shutil.which("promtool")) is None:
+        pytest.skip("`promtool` is not installed (Debian's package prometheus)")
+    asked = [{"expr": f"count({metric.promql(SELECTOR.replace('$run', '.*'))})", "eval_time": "10m",
+              "exp_samples": [{"labels": "{}", "value": 1 + bool(metric.tags)}]} for metric in METRICS]  # fmt: skip
+    series = [{"series": name, "values": "1+1x60"} for metric in METRICS for name in series_of(metric)]
+    tests = [{"interval": "10s", "input_series": series, "promql_expr_test": asked}]
+    path = tmp_path / "queries.yml"
+    path.write_text(yaml.safe_dump({"evaluation_interval": "10s", "tests": tests}))
+    told = subprocess.run([program, "test", "rules", str(path)], capture_output=True, text=True)
+    assert told.returncode == 0, told.stdout + told.stderr
+
+
+def series_of(metric: Metric) -> list[str]:
+    """Two series of a metric with tags, two buckets of a histogram, else one."""
+    if metric.kind == HISTOGRAM:
+        return [f'{metric.exported_name}{{run="first",le="{le}"}}' for le in ("1", "+Inf")]
+    if not metric.tags:
+        return [f'{metric.exported_name}{{run="first"}}']
+    return [f'{metric.exported_name}{{run="first",{metric.tags[0]}="{value}"}}' for value in ("a", "b")]
 
 
 def test_beside_rays_own(tmp_path):
