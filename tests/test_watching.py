@@ -63,7 +63,7 @@ def training(tmp_path_factory) -> Iterator[tuple[Head, str, Path]]:
     folder, port = tmp_path_factory.mktemp("watched"), free_port()
     shards, out = write_shards(folder / "shards"), folder / "run"
     validation = ValidationConfig(str(shards), every_steps=10)
-    asked = config(shards, out, name="watched", steps=1_000_000, validation=validation, elastic=ElasticConfig(patience_s=20))
+    asked = config(shards, out, name="watched", steps=1_000_000, validation=validation, elastic=ElasticConfig(patience_s=6))
     (folder / "train.yaml").write_text(yaml.safe_dump(plain(asked)))
     with head(folder / "ray", f"http://127.0.0.1:{port}") as found, prometheus(found, port) as store:
         submit = [script("ray"), "job", "submit", f"--address={found.dashboard}", "--submission-id=watched", "--no-wait", "--"]
@@ -121,20 +121,16 @@ def test_a_runs_page_opens_offline(tmp_path):
     assert [url for url in asked if not _OF_THE_BROWSER.match(url)] == []
 
 
-PAGES = {"job": "/#/jobs/{job}", "train": "/#/train", "run": "/#/train/{run}"}
-
-
-def test_a_browser_sees_the_job_and_the_run(training, tmp_path):
-    """The dashboard's pages name them; pictures go to RAYSEGMENT_PICTURES where that is set."""
+def test_a_browser_sees_the_job_and_ray_train_the_run(training, tmp_path):
+    """The job's page names it; a picture goes to RAYSEGMENT_PICTURES where that is set. The open-source dashboard has no page
+    for what Ray Train tracks: it is asked for what it serves."""
     found, _, _ = training
-    runs = wait_for(lambda: train_runs(found), "the run on the Train page", 120)
-    assert [run["name"].startswith("watched-cell0") for run in runs] == [True]
     pictures = Path(os.environ.get("RAYSEGMENT_PICTURES", tmp_path))
-    for page, place in PAGES.items():
-        url = found.dashboard + place.format(job="watched", run=runs[0]["id"])
-        text = browse(url, pictures / f"dashboard-{page}.png", tmp_path / "profile")
-        assert "watched" in text, f"{url}: {text[:2000]}"
-        assert "RUNNING" in text, f"{url}: {text[:2000]}"
+    text = browse(f"{found.dashboard}/#/jobs/watched", pictures / "dashboard-job.png", tmp_path / "profile")
+    assert "watched" in text, text[:2000]
+    assert "RUNNING" in text, text[:2000]
+    runs = wait_for(lambda: train_runs(found), "the run among Ray Train's", 120)
+    assert [run["name"].startswith("watched-cell0") for run in runs] == [True]
 
 
 def train_runs(found: Head) -> list[dict]:
