@@ -62,7 +62,7 @@ def test_one_process_finds_what_two_members_did(by_two):
     assert (Path(result["from"]).name, result["from_step"]) == (f"step-{begin:08d}", begin)
     assert result["compared"] == {"steps": 11 - begin, "states": 1}
     assert list(result["states"]) == [12]
-    assert result["environment"] == {}
+    assert result["environment"].keys() <= {"git"}, "the same machine; sources may be edited meanwhile"
     assert content(by_two) == before, "a replay changes nothing"
 
 
