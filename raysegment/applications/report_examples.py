@@ -14,6 +14,7 @@ from raysegment.applications.labellers import parse_labeller
 from raysegment.applications.maps import TITLES
 from raysegment.applications.report_figures import Picture, load_pyplot, painted
 from raysegment.archive.manifest import Manifest
+from raysegment.archive.places import Place
 from raysegment.archive.quantise import dequantise
 from raysegment.archive.shards import ShardSet, Tile
 from raysegment.climate.channels import CYCLONE, INDEX, RIVER
@@ -34,7 +35,7 @@ class Example:
     predicted: NDArray[np.uint8]
 
 
-def draw_examples(checkpoint: str | Path, shards: str, whose: str) -> list[Picture]:
+def draw_examples(checkpoint: str | Path | Place, shards: str, whose: str) -> list[Picture]:
     """One picture of a few tiles of a shard set, `whose` in words; BadInput where either cannot be read."""
     examples = list(_examples(checkpoint, ShardSet(shards)))
     pyplot = load_pyplot()
@@ -57,9 +58,9 @@ def draw_examples(checkpoint: str | Path, shards: str, whose: str) -> list[Pictu
     return [Picture(f"Tiles {whose}, labels and what the newest checkpoint says ({kinds})", "image/png", content.getvalue())]
 
 
-def _examples(checkpoint: str | Path, shards: ShardSet) -> Iterator[Example]:
+def _examples(checkpoint: str | Path | Place, shards: ShardSet) -> Iterator[Example]:
     """The tiles with the most pixels of the rarest kind to see, of some that lie evenly in the set."""
-    labeller = parse_labeller(checkpoint)
+    labeller = parse_labeller(checkpoint.text if isinstance(checkpoint, Place) else checkpoint)
     numbers = sorted({number * len(shards) // _LOOKED_AT for number in range(_LOOKED_AT)})
     tiles = [tile for tile in map(shards.tile, numbers) if tile.intact]
     rare = lambda tile: tuple(int((tile.mask == kind).sum()) for kind in (CYCLONE, RIVER))
