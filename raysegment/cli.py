@@ -31,6 +31,7 @@ from raysegment.applications.campaign import CampaignConfig, run_campaign
 from raysegment.applications.chaos import ChaosConfig, chaos
 from raysegment.applications.chaos import lines as chaos_lines
 from raysegment.applications.cluster.dashboards import DashboardOptions, write_dashboards
+from raysegment.applications.cluster.local import LocalCluster, LocalOptions, down, exports, read_cluster, status, up
 from raysegment.applications.cluster.nodes import DrainOptions, WaitOptions, drain, wait_for_nodes
 from raysegment.applications.cluster.render import SYSTEMS, render
 from raysegment.applications.demo import DemoConfig, run_demo
@@ -641,6 +642,10 @@ def _cluster_options(sub: argparse.ArgumentParser) -> None:
     )
     sub.add_argument("what", choices=("render", "wait", "drain", "dashboards"), help=what)
     keys = 'render: run="VERB …" nodes=4 min=2 gpus=8 …; wait: nodes=4 min=2; drain: deadline_s=120; dashboards: grafana=DIR'
+        "drain: tell this cluster that a node will end; local: a practice cluster on this machine"
+    )
+    sub.add_argument("what", choices=("render", "wait", "drain", "local"), help=what)
+    keys = 'render: run="VERB …" nodes=4 min=2 gpus=8 …; wait: nodes=4 min=2; drain: deadline_s=120; local: up N cpus=1 …, status, down'
     sub.add_argument("options", nargs="*", metavar="SYSTEM, key=value", help=keys)
     where = "render: file to write (default: standard output); dashboards: folder (default: beside Ray's own)"
     sub.add_argument("--out", type=Path, help=where)
@@ -655,10 +660,34 @@ def _cluster(options: argparse.Namespace, console: Console) -> dict[str, Any]:
         written = write_dashboards(_configured(DashboardOptions, None, options.options), options.out)
         print("\n".join(str(path) for path in written))
         return {"written": written, "metrics": len(METRICS)}
+    if options.what == "local":
+        return _local(options.options, console)
     system, *overrides = options.options or [""]
     text = render(system, overrides, [verb.name for verb in VERBS])
     _write_or_print(text, options.out)
     return {"system": system, "out": options.out, "lines": text.count("\n")}
+
+
+def _local(words: Sequence[str], console: Console) -> dict[str, Any]:
+    """The practice cluster; what a shell is to export goes to standard output."""
+    match words:
+        case ["up", nodes, *overrides]:
+            cluster = up(_configured(LocalOptions, None, [f"nodes={nodes}", *overrides]), console.say)
+            return _exported(cluster, cluster.summary(), console)
+        case ["status"]:
+            return _exported(read_cluster(), status(), console)
+        case ["down"]:
+            return down()
+    raise BadInput("cluster local", "up N, status or down", " ".join(words) or "nothing", "Write for example local up 3 cpus=1.")
+
+
+def _exported(cluster: LocalCluster, summary: dict[str, Any], console: Console) -> dict[str, Any]:
+    for node in summary["nodes"]:
+        state = "" if node.get("alive", True) else ": Ray takes it for dead"
+        console.say(f"{node['name']} {node['address']} process {node['pid']}{state if node['lives'] else ': has ended'}")
+    console.say(f"for ray.init and verbs of this shell: RAY_ADDRESS={cluster.address}")
+    print(exports(cluster.environment()), end="")
+    return summary
 
 
 # ---------------------------------------------------------------- scale

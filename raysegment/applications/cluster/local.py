@@ -1,0 +1,390 @@
+"""A practice cluster on one machine: a head and worker nodes, each a `ray start` of its own with its own loopback address.
+
+    cluster/local.sh up 3          # then export what it prints, and submit as to any other cluster
+    cluster/local.sh status
+    cluster/local.sh down
+
+Nodes have separate addresses (127.0.0.2, 127.0.0.3, …), ports, temporary folders and process numbers, so that what is done
+to a host is done to one of them: `cluster drain address=127.0.0.3`, or the end of its process. Everything there is to know
+is in one folder: `cluster.json`, the token, a log per node, Ray's own files. `down` ends the processes named there and
+those below them, nobody else's, and removes the folder. Linux only, where all of 127.0.0.0/8 is the machine itself.
+"""
+
+from __future__ import annotations
+
+import getpass
+import json
+import os
+import secrets
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from raysegment.applications.cluster.certificates import make_certificates
+from raysegment.archive.files import committed
+from raysegment.climate.checks import BadInput
+from raysegment.elastic import chaos
+from raysegment.feed.session import worker_environment
+
+FOLDER = "RAYSEGMENT_CLUSTER"  # the variable that names the folder
+_BLOCK = 100  # ports of a node: its services first, then those of its workers
+_SERVICES = (
+    "port",
+    "dashboard-port",
+    "ray-client-server-port",
+    "object-manager-port",
+    "node-manager-port",
+    "dashboard-agent-listen-port",
+    "dashboard-agent-grpc-port",
+    "runtime-env-agent-port",
+    "metrics-export-port",
+)
+_HEAD_ONLY = ("port", "dashboard-port", "ray-client-server-port")
+_WORKER_PORTS = 30  # where they begin in a node's block
+_METRICS = {"AUTOSCALER_METRIC_PORT": 20, "DASHBOARD_METRIC_PORT": 21}  # which Ray takes from the environment, for all alike
+_FIRST_PORT, _LAST_PORT = 20000, 32000  # below those that Linux gives away by itself
+_LONGEST = 40  # characters of the folder: a socket's whole path has 107, of which Ray's part is 61
+_END_S = 20.0
+_LOOK_EVERY_S = 0.1
+
+
+@dataclass(frozen=True)
+class LocalOptions:
+    """A head of `head_cpus` CPUs and `nodes` − 1 workers of `cpus` each. `port`: the first of 100 per node (0: some that are free).
+
+    `store_mib`: each node's object store. `tls`: everything of Ray's own between processes is encrypted, and both ends show
+    a certificate made for this cluster. `start_s`: how long a node may take to be there.
+    """
+
+    nodes: int = 2
+    cpus: int = 1
+    head_cpus: int = 0
+    gpus: int = 0
+    port: int = 0
+    store_mib: int = 200
+    tls: bool = False
+    start_s: float = 120.0
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.nodes <= 50:
+            raise ValueError(f"nodes: expected 1 (the head alone) to 50, got {self.nodes}")
+        if self.cpus < 1 or self.head_cpus < 0 or self.gpus < 0:
+            raise ValueError(f"cpus: expected 1 or more, head_cpus, gpus: 0 or more, got {self}")
+        if self.port and not 1024 <= self.port <= 65535 - _BLOCK * self.nodes:
+            raise ValueError(f"port: expected 0 or 1024 to {65535 - _BLOCK * self.nodes}, got {self.port}")
+        if self.store_mib < 80:
+            raise ValueError(f"store_mib: expected 80 or more, which Ray needs, got {self.store_mib}")
+        if self.start_s <= 0:
+            raise ValueError(f"start_s: expected more than 0, got {self.start_s}")
+
+
+@dataclass(frozen=True)
+class Process:
+    """A process that was started: a number that has since been given to another one is not taken for it."""
+
+    pid: int
+    began: int
+
+    @staticmethod
+    def of(pid: int) -> Process:
+        return Process(pid, _began(pid))
+
+    @property
+    def lives(self) -> bool:
+        return self.began > 0 and _began(self.pid) == self.began
+
+    def signal(self, number: signal.Signals) -> None:
+        with suppress(ProcessLookupError):
+            if self.lives:
+                os.kill(self.pid, number)
+
+
+@dataclass(frozen=True)
+class Node:
+    """One `ray start`: its name (head, worker-1, …), address, first port and process."""
+
+    name: str
+    address: str
+    port: int
+    process: Process
+
+
+@dataclass(frozen=True)
+class LocalCluster:
+    """What `cluster.json` holds."""
+
+    folder: str
+    nodes: tuple[Node, ...]
+    tls: bool
+
+    @property
+    def head(self) -> Node:
+        return self.nodes[0]
+
+    @property
+    def address(self) -> str:
+        """What `ray.init` takes."""
+        return f"{self.head.address}:{self.head.port + _SERVICES.index('port')}"
+
+    @property
+    def dashboard(self) -> str:
+        return f"http://127.0.0.1:{self.head.port + _SERVICES.index('dashboard-port')}"
+
+    @property
+    def token_file(self) -> Path:
+        return Path(self.folder) / "token"
+
+    def environment(self) -> dict[str, str]:
+        """What whoever uses the cluster exports. No secret: the token is read from its file."""
+        return {"RAY_ADDRESS": self.dashboard, **_environment(Path(self.folder), self.tls)}
+
+    def summary(self) -> dict[str, Any]:
+        nodes = [{"name": node.name, "address": node.address, "pid": node.process.pid, "lives": node.process.lives}
+                 for node in self.nodes]  # fmt: skip
+        return {"folder": self.folder, "address": self.address, "dashboard": self.dashboard, "tls": self.tls, "nodes": nodes}
+
+
+def folder() -> Path:
+    """Where the cluster's files are: $RAYSEGMENT_CLUSTER, or a folder of the user's own among the temporary ones."""
+    named = os.environ.get(FOLDER)
+    path = Path(named or Path(tempfile.gettempdir()) / f"raysegment-{getpass.getuser()}").absolute()
+    if len(str(path)) > _LONGEST:
+        raise BadInput(FOLDER, f"a folder of at most {_LONGEST} characters", path, f"Sockets lie below: set {FOLDER}=/tmp/NAME.")
+    return path
+
+
+# ---------------------------------------------------------------- up
+
+
+def up(options: LocalOptions, say: Callable[[str], None] = print) -> LocalCluster:
+    """Start the cluster and wait until all its nodes are there; what has been started is ended where that fails.
+
+    BadInput where there is one already.
+    """
+    place = folder()
+    _claim(place)
+    nodes: list[Node] = []
+    try:
+        _make_token(place / "token")
+        if options.tls:
+            make_certificates(place / "tls", [_address(number) for number in range(options.nodes)])
+        first = _ports(options)
+        for number in range(options.nodes):
+            nodes.append(_start(options, place, number, first))
+            cluster = LocalCluster(str(place), tuple(nodes), options.tls)
+            _write(cluster)
+            if number == 0:
+                _await(cluster, options.start_s, say)
+        _await(cluster, options.start_s, say)
+    except BaseException:
+        _end([node.process for node in nodes])
+        shutil.rmtree(place, ignore_errors=True)
+        raise
+    return cluster
+
+
+def _claim(place: Path) -> None:
+    try:
+        place.mkdir(mode=0o700, parents=True)
+    except FileExistsError:
+        known = "a practice cluster" if (place / "cluster.json").exists() else "something"
+        raise BadInput(place, "no cluster yet", f"{known} that is there", f"`local.sh down` first, or another {FOLDER}.") from None
+
+
+def _make_token(path: Path) -> None:
+    handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    with os.fdopen(handle, "w") as file:
+        file.write(secrets.token_hex(32))
+
+
+def _ports(options: LocalOptions) -> int:
+    """The first port of a block of which the services' are free. BadInput where those asked for are not."""
+    candidates = [options.port] if options.port else range(_FIRST_PORT, _LAST_PORT - _BLOCK * options.nodes, 500)
+    for first in candidates:
+        taken = next((port for port in _service_ports(first, options.nodes) if not _free(port)), None)
+        if taken is None:
+            return first
+    raise BadInput("port", "free ports", f"{taken}, which is in use", "Give another port=, or end what listens there.")
+
+
+def _service_ports(first: int, nodes: int) -> Iterator[int]:
+    for number in range(nodes):
+        yield from range(first + number * _BLOCK, first + number * _BLOCK + _WORKER_PORTS)
+
+
+def _free(port: int) -> bool:
+    with socket.socket() as probe:
+        try:
+            probe.bind(("0.0.0.0", port))
+        except OSError:
+            return False
+        return True
+
+
+def _address(number: int) -> str:
+    """127.0.0.2 and on. Not 127.0.0.1, for which Ray puts the machine's address on the network."""
+    return f"127.0.0.{number + 2}"
+
+
+def _start(options: LocalOptions, place: Path, number: int, first: int) -> Node:
+    name = f"worker-{number}" if number else "head"
+    port = first + number * _BLOCK
+    words = start_words(options, place, number, first)
+    environment = {**_node_environment(place, options.tls), **{key: str(first + at) for key, at in _METRICS.items()}}
+    with (place / f"{name}.log").open("w") as log:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "ray.scripts.scripts", *words],
+            env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
+        )  # fmt: skip
+    return Node(name, _address(number), port, Process.of(process.pid))
+
+
+def start_words(options: LocalOptions, place: Path, number: int, first: int) -> list[str]:
+    """The words of node `number`'s `ray start`, the head's for 0."""
+    port, head = first + number * _BLOCK, number == 0
+    services = [f"--{name}={port + at}" for at, name in enumerate(_SERVICES) if head or name not in _HEAD_ONLY]
+    join = ["--head", "--dashboard-host=127.0.0.1"] if head else [f"--address={_address(0)}:{first + _SERVICES.index('port')}"]
+    return [
+        "start",
+        *join,
+        *services,
+        f"--node-ip-address={_address(number)}",
+        f"--min-worker-port={port + _WORKER_PORTS}",
+        f"--max-worker-port={port + _BLOCK - 1}",
+        f"--num-cpus={options.head_cpus if head else options.cpus}",
+        f"--num-gpus={0 if head else options.gpus}",
+        f"--object-store-memory={options.store_mib * 2**20}",
+        f"--temp-dir={place / ('w' + str(number) if number else 'h')}",
+        "--disable-usage-stats",
+        "--block",
+    ]
+
+
+def _environment(place: Path, tls: bool) -> dict[str, str]:
+    """How a client shows that it may: by files of its owner's."""
+    token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(place / "token")}
+    files = {"RAY_TLS_SERVER_CERT": "node.crt", "RAY_TLS_SERVER_KEY": "node.key", "RAY_TLS_CA_CERT": "authority.crt"}
+    return token | ({"RAY_USE_TLS": "1", **{key: str(place / "tls" / name) for key, name in files.items()}} if tls else {})
+
+
+def _node_environment(place: Path, tls: bool) -> dict[str, str]:
+    """What the nodes' processes see, jobs among them: this interpreter's programs first, and nothing of another cluster."""
+    inherited = {key: value for key, value in os.environ.items() if key not in ("RAY_ADDRESS", "RAY_AUTH_TOKEN")}
+    programs = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
+    return {**inherited, **worker_environment(), **_environment(place, tls), "PATH": programs}
+
+
+def _write(cluster: LocalCluster) -> None:
+    with committed(Path(cluster.folder) / "cluster.json") as temporary:
+        temporary.write_text(json.dumps(asdict(cluster), indent=1) + "\n")
+
+
+def _await(cluster: LocalCluster, patience_s: float, say: Callable[[str], None]) -> None:
+    """Wait until the head knows the nodes. TimeoutError, or RuntimeError where one has ended, with what its log says last."""
+    end = time.monotonic() + patience_s
+    while len(living(cluster)) < len(cluster.nodes):
+        for node in cluster.nodes:
+            if not node.process.lives:
+                raise RuntimeError(f"{node.name} has ended:\n{_last_lines(cluster, node)}")
+        if time.monotonic() > end:
+            raise TimeoutError(f"expected {len(cluster.nodes)} nodes within {patience_s:g} s:\n{_last_lines(cluster, cluster.nodes[-1])}")
+        time.sleep(_LOOK_EVERY_S)
+    say(f"{len(cluster.nodes)} node(s) up")
+
+
+def _last_lines(cluster: LocalCluster, node: Node, count: int = 15) -> str:
+    return "\n".join((Path(cluster.folder) / f"{node.name}.log").read_text(errors="replace").splitlines()[-count:])
+
+
+def living(cluster: LocalCluster) -> list[str]:
+    """The addresses of the nodes that the head takes for alive; none while it does not answer."""
+    headers = {"Authorization": f"Bearer {cluster.token_file.read_text()}"}
+    request = urllib.request.Request(f"{cluster.dashboard}/api/v0/nodes", headers=headers)
+    try:
+        with _DIRECTLY.open(request, timeout=10) as answer:
+            listed = json.load(answer)["data"]["result"]["result"]
+    except (OSError, urllib.error.URLError, ValueError, KeyError, TypeError):
+        return []
+    return sorted(node["node_ip"] for node in listed if node["state"] == "ALIVE")
+
+
+_DIRECTLY = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # a loopback address is behind no proxy
+
+
+# ---------------------------------------------------------------- status, down
+
+
+def read_cluster() -> LocalCluster:
+    """The cluster that is up; BadInput where there is none."""
+    path = folder() / "cluster.json"
+    try:
+        content = json.loads(path.read_text())
+        nodes = tuple(Node(**{**node, "process": Process(**node["process"])}) for node in content["nodes"])
+        return LocalCluster(content["folder"], nodes, content["tls"])
+    except FileNotFoundError:
+        raise BadInput(path, "a practice cluster", "none", f"`local.sh up N` makes one ({FOLDER} names its folder).") from None
+    except (ValueError, TypeError, KeyError) as error:
+        raise BadInput(path, "what `local.sh up` writes", error, "End its processes by hand and remove the folder.") from None
+
+
+def status() -> dict[str, Any]:
+    """The cluster's nodes, and which of them the head takes for alive."""
+    cluster = read_cluster()
+    known = living(cluster)
+    summary = cluster.summary()
+    summary["nodes"] = [node | {"alive": node["address"] in known} for node in summary["nodes"]]
+    return summary
+
+
+def down() -> dict[str, Any]:
+    """End the cluster's processes, workers' first, and remove its folder: how many ended how."""
+    cluster = read_cluster()
+    ended = _end([node.process for node in reversed(cluster.nodes)])
+    shutil.rmtree(cluster.folder)
+    return {"folder": cluster.folder, "nodes": len(cluster.nodes), **ended}
+
+
+def _end(processes: Sequence[Process]) -> dict[str, int]:
+    """End processes and all below them: asked first, then killed, as are those below that outlive them."""
+    living = [process for process in processes if process.lives]
+    below = [Process.of(pid) for process in living for pid in chaos.descendants(process.pid)]
+    for process in living:
+        process.signal(signal.SIGTERM)
+    _until_ended(living, _END_S)
+    _until_ended(below, 1.0)
+    rest = [process for process in [*living, *below] if process.lives]
+    for process in rest:
+        process.signal(signal.SIGKILL)
+    _until_ended(rest, _END_S)
+    return {"ended": len(living), "killed": len(rest)}
+
+
+def _until_ended(processes: Sequence[Process], patience_s: float) -> None:
+    end = time.monotonic() + patience_s
+    while any(process.lives for process in processes) and time.monotonic() < end:
+        time.sleep(_LOOK_EVERY_S)
+
+
+def _began(pid: int) -> int:
+    """When a process began, in the machine's ticks; 0 where there is none (any more)."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return 0
+    return 0 if fields[0] == "Z" else int(fields[19])
+
+
+def exports(environment: Mapping[str, str]) -> str:
+    """Lines for a shell."""
+    return "".join(f"export {key}={value}\n" for key, value in environment.items())
