@@ -1,22 +1,47 @@
 #!/usr/bin/env bash
 # Runs a raysegment verb as a job of a running Ray cluster:   cluster/submit.sh train small shards=/data/shards out=/data/runs/a
 #
-# RAY_ADDRESS    the dashboard's address, e.g. http://head:8265   (needed)
-# RAY_AUTH_TOKEN the cluster's token, where it asks for one        (or a file: RAY_AUTH_TOKEN_PATH, ~/.ray/auth_token)
-# SUBMISSION_ID  the job's name                                    (default: verb and time)
+# RAY_ADDRESS          the dashboard's address, e.g. http://head:8265   (needed)
+# RAY_AUTH_TOKEN_PATH  the file with the cluster's token                (default: ~/.ray/auth_token, where there is one)
+# SUBMISSION_ID        the job's name                                   (default: the verb and a digest of the command)
+# WORKING_DIR          a folder to upload, whose code goes before the installed package's   (default: none)
 #
-# The cluster's nodes have the package installed; nothing is uploaded. Give paths that every node can see. The job runs
-# where the cluster says, finds it through RAY_ADDRESS, and its exit status is this command's.
+# It comes down to one line:
+#
+#   ray job submit --submission-id ID --runtime-env-json '{"env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": "20"}}' -- python -m raysegment VERB …
+#
+# The same command again goes on where the job was: one that has ended begins anew under its name (its log grows), one that
+# runs is followed. The cluster's nodes have the package installed; nothing is uploaded or installed unless WORKING_DIR
+# says so (5 MB at most). Give paths that every node can see. Ctrl-C leaves the job running; `ray job stop ID` ends it with its
+# state on record.
+#
+# Status: that of the verb (0 done, 2 bad input, 1 failure), 143 where the job was stopped.
 set -euo pipefail
-if [ $# -eq 0 ]; then
-    echo "submit.sh: expected a verb, got nothing. Write for example: cluster/submit.sh inspect /data/shards" >&2
+bad() {
+    echo "submit.sh: $1" >&2
     exit 2
-fi
-: "${RAY_ADDRESS:?submit.sh: expected the dashboard address, got nothing. Set RAY_ADDRESS=http://HEAD:8265}"
+}
+[ $# -gt 0 ] || bad "expected a verb, got nothing. Write for example: cluster/submit.sh inspect /data/shards"
+[ -n "${RAY_ADDRESS:-}" ] || bad "expected the dashboard's address, got nothing. Set RAY_ADDRESS=http://HEAD:8265"
 if [ -n "${RAY_AUTH_TOKEN:-}${RAY_AUTH_TOKEN_PATH:-}" ] || [ -f "$HOME/.ray/auth_token" ]; then
     export RAY_AUTH_MODE="${RAY_AUTH_MODE:-token}" # the ray command sends no token unless it is told to
 fi
-# `ray job stop` asks with SIGTERM and kills after three seconds: training is given more, to end with a committed state
-stop='{"env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": "20"}}'
-exec ray job submit --address "$RAY_ADDRESS" --submission-id "${SUBMISSION_ID:-$1-$(date +%Y%m%d-%H%M%S)}" \
-    --runtime-env-json "$stop" -- python -m raysegment "$@"
+jobs() { "${PYTHON:-python}" -m raysegment.applications.cluster.jobs "$@"; }
+
+command=(python -m raysegment "$@")
+id="${SUBMISSION_ID:-$(jobs name "$@")}"
+environment=(--runtime-env-json "$(jobs environment "${WORKING_DIR:-}")")
+if [ -n "${WORKING_DIR:-}" ]; then
+    [ -d "$WORKING_DIR" ] || bad "WORKING_DIR: expected a folder, got $WORKING_DIR. Name the one to upload, or none"
+    environment+=(--working-dir "$WORKING_DIR")
+    export RAY_max_grpc_message_size=5000000 # of this program alone: what an upload may have
+fi
+
+admitted=0
+jobs admit "$id" "${command[@]}" || admitted=$?
+case $admitted in
+0) ray job submit --address "$RAY_ADDRESS" --submission-id "$id" "${environment[@]}" -- "${command[@]}" || true ;;
+3) ray job logs --address "$RAY_ADDRESS" --follow "$id" || true ;;
+*) exit "$admitted" ;;
+esac
+jobs status "$id"

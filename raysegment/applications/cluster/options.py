@@ -61,7 +61,7 @@ class JobOptions:
             remedy = f"Did you mean `{close[0]}`?" if close else 'Write for example run="train small shards=DIR out=DIR".'
             raise BadInput("run", "a command line that begins with a verb", self.run or "nothing", remedy)
         for word in words:
-            _check_no_secret(word)
+            check_no_secret(word)
         return words + (self._cells(words) if words[0] == "train" else [])
 
     def _cells(self, words: list[str]) -> list[str]:
@@ -214,7 +214,7 @@ def _split(text: str) -> list[str]:
         raise BadInput("run", "a command line", error, "Close the quotation marks.") from None
 
 
-def _check_no_secret(word: str) -> None:
+def check_no_secret(word: str) -> None:
     for part in (word, word.partition("=")[2]):
         if "://" in part and str(Place.of(part)) != Place.of(part).text:
             shown = Place.of(part)

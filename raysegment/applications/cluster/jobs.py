@@ -1,0 +1,144 @@
+"""What `cluster/submit.sh` asks of a Ray cluster around its `ray job submit`: may this job begin, and how did it end.
+
+    python -m raysegment.applications.cluster.jobs name WORD…          a submission id that follows from the command
+    python -m raysegment.applications.cluster.jobs admit ID WORD…      0: submit it; 3: it runs, follow it
+    python -m raysegment.applications.cluster.jobs status ID           the command's own status
+    python -m raysegment.applications.cluster.jobs environment [FOLDER]   the job's runtime environment, as JSON
+
+Ray refuses a submission id that it knows, also that of a job that has ended, and `ray job submit` has one status for all
+failures: hence these.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shlex
+import sys
+import time
+from collections.abc import Sequence
+
+from ray.exceptions import AuthenticationError
+from ray.job_submission import JobStatus, JobSubmissionClient
+
+from raysegment.applications.cluster.options import check_no_secret
+from raysegment.climate.checks import BadInput
+
+BAD_INPUT, FAILURE, FOLLOW, STOPPED = 2, 1, 3, 143
+STOP_S = 20  # that a stopped job gets to end with a committed state; Ray kills after three seconds unless told otherwise
+EXCLUDED = (  # of an uploaded working directory: what is large, what can be made again, what is nobody's business
+    ".*",
+    "__pycache__",
+    "*.egg-info",
+    "venv",
+    "build",
+    "dist",
+    "tests",
+    "docs",
+    "runs",
+    "shards",
+    "checkpoints",
+    "*.arrow",
+    "*.nc",
+    "*.h5",
+    "*.hdf5",
+    "*.zarr",
+    "*.npy",
+    "*.npz",
+    "*.grib*",
+    "*.safetensors",
+    "*.parquet",
+    "*.pem",
+    "*.key",
+)
+_SETTLE_S = 20.0
+_LOOK_EVERY_S = 0.2
+
+
+def job_name(words: Sequence[str]) -> str:
+    """The submission id of a command that was given none: its verb and a digest, the same for the same command."""
+    return f"{words[0]}-{hashlib.sha256(shlex.join(words).encode()).hexdigest()[:10]}"
+
+
+def environment(working_dir: str = "") -> dict[str, object]:
+    """A job's runtime environment: one variable, nothing to install; and what of a folder to upload stays here."""
+    variables = {"env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": str(STOP_S)}}
+    return {**variables, "excludes": list(EXCLUDED)} if working_dir else variables
+
+
+def admit(client: JobSubmissionClient, job: str, words: Sequence[str]) -> bool:
+    """Whether the job is to be submitted: an earlier one of its name has ended, and is forgotten, or there is none.
+
+    False where this very command runs under that name; BadInput where another one does.
+    """
+    for word in words:
+        check_no_secret(word)
+    known = _info(client, job)
+    if known is None:
+        return True
+    if known.status.is_terminal():
+        client.delete_job(job)
+        return True
+    if known.entrypoint == shlex.join(words):
+        return False
+    raise BadInput("SUBMISSION_ID", "the name of no running job", f"{job}, which runs `{known.entrypoint}`", "Choose another.")
+
+
+def outcome(client: JobSubmissionClient, job: str, patience_s: float = _SETTLE_S) -> int:
+    """The status of the job's command: its own, 143 where it was stopped, 1 where it was killed or never began."""
+    end = time.monotonic() + patience_s
+    while (known := _info(client, job)) is None or not known.status.is_terminal():
+        if known is None or time.monotonic() > end:
+            return FAILURE
+        time.sleep(_LOOK_EVERY_S)
+    if known.status == JobStatus.SUCCEEDED:
+        return 0
+    if known.status == JobStatus.STOPPED:
+        return STOPPED
+    code = known.driver_exit_code
+    return code if code is not None and 0 < code < 256 else FAILURE
+
+
+def _info(client: JobSubmissionClient, job: str):
+    try:
+        return client.get_job_info(job)
+    except RuntimeError as error:
+        if "404" in str(error) or "does not exist" in str(error):
+            return None
+        raise
+
+
+def _client() -> JobSubmissionClient:
+    address = os.environ.get("RAY_ADDRESS", "")
+    if not address.startswith(("http://", "https://")):
+        raise BadInput("RAY_ADDRESS", "the dashboard's address", address or "nothing", "Set RAY_ADDRESS=http://HEAD:8265.")
+    try:
+        return JobSubmissionClient(address)
+    except AuthenticationError as error:
+        got = next(iter(str(error).splitlines()), "").rstrip(".")
+        raise BadInput("RAY_AUTH_TOKEN_PATH", "the file with the cluster's token", got, "Name that file.") from None
+    except ConnectionError as error:
+        raise BadInput("RAY_ADDRESS", "a dashboard that answers", f"{address}: {error}", "Is the cluster up?") from None
+
+
+def main(arguments: Sequence[str]) -> int:
+    """One of the questions above; what is wrong goes to standard error."""
+    question, *words = arguments
+    try:
+        if question == "name":
+            print(job_name(words))
+        elif question == "environment":
+            print(json.dumps(environment(*words)))
+        elif question == "admit":
+            return 0 if admit(_client(), words[0], words[1:]) else FOLLOW
+        elif question == "status":
+            return outcome(_client(), words[0])
+    except BadInput as bad:
+        print(f"submit.sh: {bad}", file=sys.stderr)
+        return BAD_INPUT
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
