@@ -645,7 +645,10 @@ def _cluster_options(sub: argparse.ArgumentParser) -> None:
         "drain: tell this cluster that a node will end; local: a practice cluster on this machine"
     )
     sub.add_argument("what", choices=("render", "wait", "drain", "local"), help=what)
-    keys = 'render: run="VERB …" nodes=4 min=2 gpus=8 …; wait: nodes=4 min=2; drain: deadline_s=120; local: up N cpus=1 …, status, down'
+    keys = (
+        'render: run="VERB …" nodes=4 min=2 gpus=8 …; wait: nodes=4 min=2; drain: deadline_s=120; '
+        "local: up N cpus=1 …, status, down"
+    )
     sub.add_argument("options", nargs="*", metavar="SYSTEM, key=value", help=keys)
     where = "render: file to write (default: standard output); dashboards: folder (default: beside Ray's own)"
     sub.add_argument("--out", type=Path, help=where)

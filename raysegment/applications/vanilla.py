@@ -153,7 +153,7 @@ def train_as_usual(settings: Mapping[str, Any]) -> None:
     learner.world = Distributed()
     if (kept := ray.train.get_checkpoint()) is not None:
         with kept.as_directory() as directory:
-            restore(learner, torch.load(Path(directory) / "state.pt", weights_only=False))
+            restore(learner, TrainState(**torch.load(Path(directory) / "state.pt", weights_only=True)))
     for item in open_stream(config.shards, config.order(manifest), learner.step, config.steps, rank, world, config.feed):
         info = learner.run(item, signal=int((folder / _STOP).exists()))
         if info is not None and info.signals:  # known to all in the same step
@@ -168,7 +168,7 @@ def _report(step: int, state: TrainState | None) -> None:
     """All workers meet here; the first one brings the state."""
     with tempfile.TemporaryDirectory() as folder:
         if state is not None:
-            torch.save(state, Path(folder) / "state.pt")
+            torch.save(vars(state), Path(folder) / "state.pt")
         ray.train.report({"step": step}, checkpoint=Checkpoint.from_directory(folder) if state is not None else None)
 
 

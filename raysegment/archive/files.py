@@ -31,6 +31,15 @@ def committed(path: str | Path) -> Iterator[Path]:
             temporary.unlink()
 
 
+def inside(folder: str | Path, name: str) -> Path:
+    """The path of what `name` is called in a folder; BadInput where that leads out of it, by `..`, as an absolute path or
+    over a link. The folder itself may be a link."""
+    path = Path(folder, name)
+    if Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder)):
+        return path
+    raise BadInput(path, f"a file inside {folder}", "one outside", "Put the file there itself: manifests name nothing elsewhere.")
+
+
 def fsync(path: Path) -> None:
     """Wait until a file or folder is on the disk."""
     handle = os.open(path, os.O_RDONLY)

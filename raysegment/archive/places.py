@@ -16,7 +16,7 @@ from urllib.parse import parse_qs, unquote, urlsplit
 from pyarrow import NativeFile
 from pyarrow.fs import FileSelector, FileSystem, FileType, LocalFileSystem
 
-from raysegment.archive.files import committed
+from raysegment.archive.files import committed, inside
 from raysegment.archive.retry import patiently
 from raysegment.climate.checks import BadInput
 
@@ -175,7 +175,10 @@ class Place:
         if name.startswith("/") or ".." in parts:
             raise BadInput(self.shown(name), "a name inside the folder", name, "Name the file relative to the folder")
         store, base = _opened(self.text)
-        return store, "/".join((base, *parts))
+        path = "/".join((base, *parts))
+        if parts and isinstance(store, LocalFileSystem):
+            inside(base or "/", path)  # a link may lead elsewhere
+        return store, path
 
     def shown(self, name: str) -> str:
         """`name` with the place in front of it, for messages."""

@@ -22,6 +22,7 @@ import numpy as np
 from isal import isal_zlib
 from numpy.typing import NDArray
 
+from raysegment.archive.files import inside
 from raysegment.archive.manifest import Manifest, Shard
 from raysegment.archive.retry import patiently
 
@@ -49,7 +50,7 @@ class Folder:
     manifest: Manifest
 
     def path(self, shard: int) -> Path:
-        return self.folder / self.manifest.shards[shard].file
+        return inside(self.folder, self.manifest.shards[shard].file)
 
     def open(self, shard: int) -> int:
         return os.open(self.path(shard), os.O_RDONLY)

@@ -25,7 +25,7 @@ import pyarrow as pa
 from isal import isal_zlib
 from numpy.typing import NDArray
 
-from raysegment.archive.files import fsync
+from raysegment.archive.files import fsync, inside
 from raysegment.archive.manifest import MANIFEST, STAGE_AGAIN, Manifest, Part, Shard
 from raysegment.archive.moments import Moments
 from raysegment.archive.places import Place
@@ -300,7 +300,7 @@ class ShardSet:
         if self.place.local is None:
             return pa.py_buffer(self.place.read_range(held.file, start, stop))
         if shard not in self._mapped:
-            self._mapped[shard] = pa.memory_map(str(self.place.local / held.file)).read_buffer()
+            self._mapped[shard] = pa.memory_map(str(inside(self.place.local, held.file))).read_buffer()
         mapped = self._mapped[shard]
         return mapped.slice(min(start, mapped.size), max(0, min(stop, mapped.size) - start))
 

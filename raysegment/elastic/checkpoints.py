@@ -27,6 +27,7 @@ import dacite
 import torch
 from torch import Tensor
 
+from raysegment.archive.files import inside
 from raysegment.archive.places import Place
 from raysegment.archive.retry import forbidden, is_forbidden
 from raysegment.climate.checks import BadInput
@@ -360,9 +361,19 @@ def _entry(place: Place, record: Mapping[str, Any], file: str) -> tuple[str, int
     """(name, bytes, SHA-256) of a file."""
     try:
         entry = record["files"][file]
-        return entry.get("name", file), int(entry["bytes"]), entry["sha256"]
+        name, size, sha256 = entry.get("name", file), int(entry["bytes"]), entry["sha256"]
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise Damaged(place.shown(FACTS), f"size and digest of {file}", error, _OTHER) from error
+    _check_inside(place, name)
+    return name, size, sha256
+
+
+def _check_inside(place: Place, name: Any) -> None:
+    """`Damaged` where a record names a file that is not in the checkpoint's own folder."""
+    with suppress(BadInput):
+        if isinstance(name, str) and Path(name).name == name and (place.local is None or inside(place.local, name)):
+            return
+    raise Damaged(place.shown(FACTS), "a file in the checkpoint's own folder", repr(name), f"{_RETRAIN}.")
 
 
 def _facts(place: Place, record: dict[str, Any]) -> Facts:

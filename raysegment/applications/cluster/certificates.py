@@ -1,4 +1,4 @@
-"""Self-signed certificates for a cluster of one's own: an authority that exists for it alone, and one certificate for all its nodes.
+"""Self-signed certificates for a cluster of one's own: an authority for it alone, and one certificate for all its nodes.
 
 Ray asks both ends of a connection for a certificate of the authority (`RAY_USE_TLS`, `RAY_TLS_SERVER_CERT`,
 `RAY_TLS_SERVER_KEY`, `RAY_TLS_CA_CERT`), so a client needs the same files. The authority's own key is written nowhere: nobody

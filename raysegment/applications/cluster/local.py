@@ -61,9 +61,9 @@ _LOOK_EVERY_S = 0.1
 
 @dataclass(frozen=True)
 class LocalOptions:
-    """A head of `head_cpus` CPUs and `nodes` − 1 workers of `cpus` each. `port`: the first of 100 per node (0: some that are free).
+    """A head of `head_cpus` CPUs and `nodes` − 1 workers of `cpus` each.
 
-    `store_mib`: each node's object store. `tls`: everything of Ray's own between processes is encrypted, and both ends show
+    `port`: the first of 100 per node (0: some that are free). `store_mib`: each node's object store. `tls`: everything of Ray's own between processes is encrypted, and both ends show
     a certificate made for this cluster. `start_s`: how long a node may take to be there.
     """
 
@@ -199,7 +199,7 @@ def _claim(place: Path) -> None:
         place.mkdir(mode=0o700, parents=True)
     except FileExistsError:
         known = "a practice cluster" if (place / "cluster.json").exists() else "something"
-        raise BadInput(place, "no cluster yet", f"{known} that is there", f"`local.sh down` first, or another {FOLDER}.") from None
+        raise BadInput(place, "no cluster yet", f"{known} that is there", f"`local.sh down`, or another {FOLDER}.") from None
 
 
 def _make_token(path: Path) -> None:
@@ -298,7 +298,8 @@ def _await(cluster: LocalCluster, patience_s: float, say: Callable[[str], None])
             if not node.process.lives:
                 raise RuntimeError(f"{node.name} has ended:\n{_last_lines(cluster, node)}")
         if time.monotonic() > end:
-            raise TimeoutError(f"expected {len(cluster.nodes)} nodes within {patience_s:g} s:\n{_last_lines(cluster, cluster.nodes[-1])}")
+            said = _last_lines(cluster, cluster.nodes[-1])
+            raise TimeoutError(f"expected {len(cluster.nodes)} nodes within {patience_s:g} s:\n{said}")
         time.sleep(_LOOK_EVERY_S)
     say(f"{len(cluster.nodes)} node(s) up")
 
