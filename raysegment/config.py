@@ -35,7 +35,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     if not path.is_file():
         raise BadInput(path, "a YAML configuration file", "no such file", "Give the path of a configuration.")
     try:
-        content = yaml.load(path.read_text(), _Loader)
+        content = yaml.load(path.read_bytes(), _Loader)
     except yaml.YAMLError as error:
         raise BadInput(path, "valid YAML", str(error).replace("\n", " "), "Correct the file.") from error
     if not isinstance(content, dict):

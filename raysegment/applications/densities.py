@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 import pyarrow.parquet as parquet
+from pyarrow import BaseExtensionType
 from numpy.typing import NDArray
 from scipy import ndimage
 
@@ -202,7 +203,7 @@ def table_density(path: Path, report: Report) -> Density:
 def _columns(path: Path) -> list[str]:
     """Names of a table's columns; BadInput unless the needed ones are there."""
     try:
-        names = parquet.read_schema(path).names if path.suffix.lower() == ".parquet" else list(pd.read_csv(path, nrows=0).columns)
+        names = _stored_columns(path) if path.suffix.lower() == ".parquet" else list(pd.read_csv(path, nrows=0).columns)
     except (OSError, ValueError) as error:
         raise BadInput(path, "a table of events (Parquet or CSV)", error, "Make it with `raysegment events`") from None
     missing = [name for name in ("class", "time", "lat", "lon") if name not in names]
@@ -210,6 +211,14 @@ def _columns(path: Path) -> list[str]:
         got = f"no {', '.join(missing)} among {', '.join(names)}"
         raise BadInput(path, "columns class, time, lat and lon", got, "Make the table with `raysegment events`")
     return names
+
+
+def _stored_columns(path: Path) -> list[str]:
+    """Names of a Parquet file's columns. ValueError where one is of a type of somebody's own: Ray has one that unpickles."""
+    schema = parquet.read_schema(path)
+    if own := [name for name, kind in zip(schema.names, schema.types, strict=True) if isinstance(kind, BaseExtensionType)]:
+        raise ValueError(f"columns of extension types: {', '.join(own)}")
+    return list(schema.names)
 
 
 def _batches(path: Path, names: list[str]) -> Iterator[pd.DataFrame]:

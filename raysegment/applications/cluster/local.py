@@ -63,8 +63,9 @@ _LOOK_EVERY_S = 0.1
 class LocalOptions:
     """A head of `head_cpus` CPUs and `nodes` − 1 workers of `cpus` each.
 
-    `port`: the first of 100 per node (0: some that are free). `store_mib`: each node's object store. `tls`: everything of Ray's own between processes is encrypted, and both ends show
-    a certificate made for this cluster. `start_s`: how long a node may take to be there.
+    `port`: the first of 100 per node (0: some that are free). `store_mib`: each node's object store. `tls`: what Ray's
+    processes say to each other is encrypted, and both ends show a certificate made for this cluster. `start_s`: how long
+    a node may take to be there.
     """
 
     nodes: int = 2
