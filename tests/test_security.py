@@ -200,7 +200,8 @@ def test_pickles_in_a_table(tmp_path, marker):
     """Ray registers an Arrow type that unpickles what is in it, wherever Arrow is used in the same process."""
     rows = {"class": ["tropical_cyclone"], "time": ["2020-01-01"], "lat": [1.0]}
     bombs = ArrowPythonObjectArray.from_objects([Bomb(marker)])
-    pq.write_table(pa.table([*(pa.array(column) for column in rows.values()), bombs], names=[*rows, "lon"]), tmp_path / "t.parquet")
+    columns = [*(pa.array(column) for column in rows.values()), bombs]
+    pq.write_table(pa.table(columns, names=[*rows, "lon"]), tmp_path / "t.parquet")
     with pytest.raises(BadInput, match=r"t\.parquet.*extension"):
         table_density(tmp_path / "t.parquet", lambda *_: None)
 

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 import pyarrow.parquet as parquet
-from pyarrow import BaseExtensionType
 from numpy.typing import NDArray
+from pyarrow import BaseExtensionType
 from scipy import ndimage
 
 from raysegment.applications.canvas import MIDDLE_DEG, panel_style, world_canvas

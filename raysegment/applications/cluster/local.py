@@ -364,7 +364,7 @@ def _end(processes: Sequence[Process]) -> dict[str, int]:
     for process in living:
         process.signal(signal.SIGTERM)
     _until_ended(living, _END_S)
-    _until_ended(below, 1.0)
+    _until_ended(below, _END_S / 4)
     rest = [process for process in [*living, *below] if process.lives]
     for process in rest:
         process.signal(signal.SIGKILL)
