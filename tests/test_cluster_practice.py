@@ -2,18 +2,36 @@
 
 from __future__ import annotations
 
+import json
+import os
+import shutil
+import signal
+import socket
+import ssl
 import stat
 import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import yaml
 from ray.job_submission import JobStatus, JobSubmissionClient
 
 from raysegment.applications.cluster.certificates import make_certificates
 from raysegment.applications.cluster.jobs import admit, job_name, outcome
 from raysegment.applications.cluster.local import LocalOptions, start_words, up
 from raysegment.climate.checks import BadInput
+from raysegment.elastic.settings import plain
+from tests.helpers import ROOT
+from tests.small_training import config, write_shards
 
 STEPS = 600
 
@@ -358,7 +376,6 @@ def test_tls_lets_nobody_in_who_has_no_certificate(encrypted, tmp_path):
     make_certificates(tmp_path / "own", [host])
     assert "unknown ca" in greeting(host, int(port), tmp_path / "own")
     plainly = {key: value for key, value in encrypted.environment.items() if "TLS" not in key}
-    script = script.replace("ray.init(", "ray.init(_system_config=None, address=")
     done = subprocess.Popen(
         [sys.executable, "-c", script], env=plainly, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )

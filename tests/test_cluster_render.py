@@ -56,8 +56,8 @@ def test_one_raylet_per_host_and_the_command_on_the_first(fake, system, words):
     assert status == 0, said
     head, *others = [fake.calls("ray", host) for host in HOSTS]
     assert [len(calls) for calls in (head, *others)] == [1, 1, 1]
-    assert "--head --port=29422 --dashboard-host=127.0.0.1 --dashboard-port=29423" in head[0]
-    assert all("--address=192.0.2.7:29422" in call and "--head" not in call for (call,) in others)
+    assert "--head --port=22133 --dashboard-host=127.0.0.1 --dashboard-port=22134 --ray-client-server-port=22135" in head[0]
+    assert all("--address=192.0.2.7:22133" in call and "--head" not in call for (call,) in others)
     assert all("--num-gpus=4" in call and "--block" in call for (call,) in (head, *others))
     assert fake.calls("raysegment", "a1") == ["cluster wait nodes=3 min=2 wait_s=1800 grace_s=120", COMMAND]
     assert [fake.calls("raysegment", host) for host in HOSTS[1:]] == [[], []]

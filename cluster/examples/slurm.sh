@@ -65,7 +65,7 @@ start_ray() { # OPTION…: this host's raylet, in the background, its number in 
     [ "$cpus" -eq 0 ] || set -- "$@" "--num-cpus=$cpus"
     # sockets lie below: a short path of the user's own, on the host's own disk
     ray start "$@" "--num-gpus=$GPUS" "--node-ip-address=$(own_address)" "--temp-dir=/tmp/rs-$(id -u)-$JOB" \
-        --disable-usage-stats --block &
+        --dashboard-agent-listen-port=0 --disable-usage-stats --block & # 0: one that is free, another job may be here, too
     RAYLET=$!
 }
 
@@ -95,7 +95,8 @@ head_node() {
     trap '[ -e "$ATTEMPT/stop" ] || write "$ATTEMPT/stop" "the head node is to go"' TERM
     local address code
     address="$(own_address):$PORT"
-    start_ray --head "--port=$PORT" "--dashboard-host=$DASHBOARD" "--dashboard-port=$((PORT + 1))"
+    start_ray --head "--port=$PORT" "--dashboard-host=$DASHBOARD" "--dashboard-port=$((PORT + 1))" \
+        "--ray-client-server-port=$((PORT + 2))" # else 10001, over which a second head of this host would end
     write "$ATTEMPT/head" "$address"
     say "Ray's head: $address; its dashboard: port $((PORT + 1)) of $DASHBOARD on this host"
     export RAY_ADDRESS="$address"
@@ -229,5 +230,5 @@ batch() {
 }
 
 JOB="${SLURM_JOB_ID:?this script is for sbatch}"
-[ "$PORT" -gt 0 ] || PORT=$((20000 + 2 * (JOB % 10000))) # and the dashboard the next one
+[ "$PORT" -gt 0 ] || PORT=$((20000 + 3 * (JOB % 4000))) # the dashboard has the next one, Ray's client the one after
 if [ "${1:-}" = node ]; then node "${@:2}"; else batch; fi

@@ -40,7 +40,7 @@ batch() {
 }
 
 JOB="${LSB_JOBID:?this script is for bsub}"
-[ "$PORT" -gt 0 ] || PORT=$((20000 + 2 * (JOB % 10000))) # and the dashboard the next one
+[ "$PORT" -gt 0 ] || PORT=$((20000 + 3 * (JOB % 4000))) # the dashboard has the next one, Ray's client the one after
 if [ "${1:-}" = node ]; then
     rank="$3"
     [ "$rank" != rank ] || rank="${JSM_NAMESPACE_RANK:?}"

@@ -24,5 +24,5 @@ batch() {
 }
 
 JOB="${SLURM_JOB_ID:?this script is for sbatch}"
-[ "$PORT" -gt 0 ] || PORT=$((20000 + 2 * (JOB % 10000))) # and the dashboard the next one
+[ "$PORT" -gt 0 ] || PORT=$((20000 + 3 * (JOB % 4000))) # the dashboard has the next one, Ray's client the one after
 if [ "${1:-}" = node ]; then node "${@:2}"; else batch; fi
