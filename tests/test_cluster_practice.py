@@ -181,7 +181,7 @@ class Practice:
 
 
 def run(words: list[str], environment: dict[str, str]) -> tuple[int, str, str]:
-    done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=600)
+    done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=900)
     return done.returncode, done.stdout, done.stderr
 
 
@@ -213,7 +213,7 @@ def encrypted() -> Iterator[Practice]:
 
 
 def slow(test: Callable[..., None]) -> Callable[..., None]:
-    return pytest.mark.slow(pytest.mark.ray(pytest.mark.timeout(900)(test)))
+    return pytest.mark.slow(pytest.mark.ray(pytest.mark.timeout(1800)(test)))
 
 
 def lines(path: Path) -> list[dict[str, Any]]:

@@ -20,7 +20,7 @@ import time
 from collections.abc import Sequence
 
 from ray.exceptions import AuthenticationError
-from ray.job_submission import JobStatus, JobSubmissionClient
+from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 
 from raysegment.applications.cluster.options import check_no_secret
 from raysegment.climate.checks import BadInput
@@ -100,7 +100,8 @@ def outcome(client: JobSubmissionClient, job: str, patience_s: float = _SETTLE_S
     return code if code is not None and 0 < code < 256 else FAILURE
 
 
-def _info(client: JobSubmissionClient, job: str):
+def _info(client: JobSubmissionClient, job: str) -> JobDetails | None:
+    """What the cluster knows of a job, None where it knows of none."""
     try:
         return client.get_job_info(job)
     except RuntimeError as error:

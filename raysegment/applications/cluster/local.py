@@ -27,7 +27,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +56,7 @@ _METRICS = {"AUTOSCALER_METRIC_PORT": 20, "DASHBOARD_METRIC_PORT": 21}  # which 
 _FIRST_PORT, _LAST_PORT = 20000, 32000  # below those that Linux gives away by itself
 _LONGEST = 40  # characters of the folder: a socket's whole path has 107, of which Ray's part is 61
 _END_S = 20.0
+_STARTS = 4  # of a node, at most
 _LOOK_EVERY_S = 0.1
 
 
@@ -75,7 +76,7 @@ class LocalOptions:
     port: int = 0
     store_mib: int = 200
     tls: bool = False
-    start_s: float = 120.0
+    start_s: float = 300.0
 
     def __post_init__(self) -> None:
         if not 1 <= self.nodes <= 50:
@@ -175,24 +176,59 @@ def up(options: LocalOptions, say: Callable[[str], None] = print) -> LocalCluste
     """
     place = folder()
     _claim(place)
-    nodes: list[Node] = []
+    rising = _Rising(options, place, say)
     try:
         _make_token(place / "token")
         if options.tls:
             make_certificates(place / "tls", [_address(number) for number in range(options.nodes)])
-        first = _ports(options)
-        for number in range(options.nodes):
-            nodes.append(_start(options, place, number, first))
-            cluster = LocalCluster(str(place), tuple(nodes), options.tls)
-            _write(cluster)
-            if number == 0:
-                _await(cluster, options.start_s, say)
-        _await(cluster, options.start_s, say)
+        rising.first = _ports(options)
+        rising.rise(1)
+        rising.rise(options.nodes)
     except BaseException:
-        _end([node.process for node in nodes])
+        _end([node.process for node in rising.nodes])
         shutil.rmtree(place, ignore_errors=True)
         raise
-    return cluster
+    return rising.cluster
+
+
+@dataclass
+class _Rising:
+    """A cluster that is being started."""
+
+    options: LocalOptions
+    place: Path
+    say: Callable[[str], None]
+    first: int = 0
+    nodes: list[Node] = field(default_factory=list)
+
+    @property
+    def cluster(self) -> LocalCluster:
+        return LocalCluster(str(self.place), tuple(self.nodes), self.options.tls)
+
+    def rise(self, count: int) -> None:
+        """Start nodes until there are `count`, and wait for them. A node that ends by itself is started again: Ray gives
+        it 30 s, which a busy machine may not. RuntimeError with what its log says last, or TimeoutError."""
+        for number in range(len(self.nodes), count):
+            self._start(number)
+        end, starts = time.monotonic() + self.options.start_s, dict.fromkeys(range(count), 1)
+        while len(living(self.cluster)) < count:
+            for number in [at for at, node in enumerate(self.nodes) if not node.process.lives]:
+                if starts[number] == _STARTS:
+                    raise RuntimeError(f"{self.nodes[number].name} has ended:\n{self._last_lines(number)}")
+                starts[number] += 1
+                self.say(f"{self.nodes[number].name} has ended, and is started again")
+                self._start(number)
+            if time.monotonic() > end:
+                raise TimeoutError(f"expected {count} nodes within {self.options.start_s:g} s:\n{self._last_lines(count - 1)}")
+            time.sleep(_LOOK_EVERY_S)
+        self.say(f"{count} of {self.options.nodes} node(s) up")
+
+    def _start(self, number: int) -> None:
+        self.nodes[number : number + 1] = [_start(self.options, self.place, number, self.first)]
+        _write(self.cluster)
+
+    def _last_lines(self, number: int, count: int = 15) -> str:
+        return "\n".join((self.place / f"{self.nodes[number].name}.log").read_text(errors="replace").splitlines()[-count:])
 
 
 def _claim(place: Path) -> None:
@@ -289,24 +325,6 @@ def _node_environment(place: Path, tls: bool) -> dict[str, str]:
 def _write(cluster: LocalCluster) -> None:
     with committed(Path(cluster.folder) / "cluster.json") as temporary:
         temporary.write_text(json.dumps(asdict(cluster), indent=1) + "\n")
-
-
-def _await(cluster: LocalCluster, patience_s: float, say: Callable[[str], None]) -> None:
-    """Wait until the head knows the nodes. TimeoutError, or RuntimeError where one has ended, with what its log says last."""
-    end = time.monotonic() + patience_s
-    while len(living(cluster)) < len(cluster.nodes):
-        for node in cluster.nodes:
-            if not node.process.lives:
-                raise RuntimeError(f"{node.name} has ended:\n{_last_lines(cluster, node)}")
-        if time.monotonic() > end:
-            said = _last_lines(cluster, cluster.nodes[-1])
-            raise TimeoutError(f"expected {len(cluster.nodes)} nodes within {patience_s:g} s:\n{said}")
-        time.sleep(_LOOK_EVERY_S)
-    say(f"{len(cluster.nodes)} node(s) up")
-
-
-def _last_lines(cluster: LocalCluster, node: Node, count: int = 15) -> str:
-    return "\n".join((Path(cluster.folder) / f"{node.name}.log").read_text(errors="replace").splitlines()[-count:])
 
 
 def living(cluster: LocalCluster) -> list[str]:
