@@ -27,7 +27,7 @@ from ray.job_submission import JobStatus, JobSubmissionClient
 
 from raysegment.applications.cluster.certificates import make_certificates
 from raysegment.applications.cluster.jobs import admit, job_name, outcome
-from raysegment.applications.cluster.local import LocalOptions, start_words, up
+from raysegment.applications.cluster.local import LocalOptions, members, start_words, up
 from raysegment.climate.checks import BadInput
 from raysegment.elastic.settings import plain
 from tests.helpers import ROOT
@@ -220,7 +220,7 @@ def lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
-def until(happened: Callable[[], object], patience_s: float = 300.0) -> None:
+def until(happened: Callable[[], object], patience_s: float = 900.0) -> None:
     end = time.monotonic() + patience_s
     while not happened():
         assert time.monotonic() < end, "it did not happen"
@@ -302,7 +302,7 @@ def test_a_killed_job_goes_on_when_the_same_command_is_said_again(practice, tmp_
     until(lambda: len(lines(run_folder / "steps.jsonl")) > 30)
     driver = driver_of(run_folder.parent / "run.yaml")
     os.kill(driver, signal.SIGKILL)
-    said, _ = first.communicate(timeout=120)
+    said, _ = first.communicate(timeout=600)
     transcript += [said, f"$ kill -KILL {driver}   # the job's driver, meanwhile", f"status {first.returncode}"]
     assert first.returncode == 1, said
     committed = len(lines(run_folder / "steps.jsonl"))
@@ -330,7 +330,7 @@ def test_a_stopped_job_ends_with_its_state_on_record(practice, tmp_path):
     client.stop_job(name)
     until(lambda: client.get_job_status(name) == JobStatus.STOPPED)
     print(f"stopped after {time.monotonic() - asked:.1f} s")
-    said, _ = follower.communicate(timeout=120)
+    said, _ = follower.communicate(timeout=600)
     committed = len(lines(tmp_path / "run" / "steps.jsonl"))
     assert f"stopped (SIGTERM) after {committed} of {20 * STEPS} steps" in said, said
     assert follower.returncode == 143
@@ -384,6 +384,18 @@ def test_tls_lets_nobody_in_who_has_no_certificate(encrypted, tmp_path):
     finally:
         done.kill()
     assert done.stdout.read() == ""
+
+
+@slow
+def test_down_ends_all_that_is_of_the_cluster_also_of_a_node_that_was_killed(encrypted):
+    mark = encrypted.state["mark"]
+    assert len(members(mark)) > 20
+    os.kill(encrypted.state["nodes"][1]["process"]["pid"], signal.SIGKILL)
+    status, out, said = encrypted.local("down", "--json")
+    assert (status, json.loads(out)["ended"]) == (0, 1), said
+    assert members(mark) == []
+    assert not encrypted.folder.exists()
+    assert encrypted.local("down")[0] == 2
 
 
 def greeting(host: str, port: int, certificates: Path | None) -> str:

@@ -18,6 +18,7 @@ import shlex
 import sys
 import time
 from collections.abc import Sequence
+from typing import Any
 
 from ray.exceptions import AuthenticationError
 from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
@@ -61,9 +62,9 @@ def job_name(words: Sequence[str]) -> str:
     return f"{words[0]}-{hashlib.sha256(shlex.join(words).encode()).hexdigest()[:10]}"
 
 
-def environment(working_dir: str = "") -> dict[str, object]:
+def environment(working_dir: str = "") -> dict[str, Any]:
     """A job's runtime environment: one variable, nothing to install; and what of a folder to upload stays here."""
-    variables = {"env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": str(STOP_S)}}
+    variables: dict[str, Any] = {"env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": str(STOP_S)}}
     return {**variables, "excludes": list(EXCLUDED)} if working_dir else variables
 
 

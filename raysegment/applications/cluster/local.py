@@ -7,7 +7,7 @@
 Nodes have separate addresses (127.0.0.2, 127.0.0.3, …), ports, temporary folders and process numbers, so that what is done
 to a host is done to one of them: `cluster drain address=127.0.0.3`, or the end of its process. Everything there is to know
 is in one folder: `cluster.json`, the token, a log per node, Ray's own files. `down` ends the processes named there and
-those below them, nobody else's, and removes the folder. Linux only, where all of 127.0.0.0/8 is the machine itself.
+those that descend from them, nobody else's, and removes the folder. Linux only, where all of 127.0.0.0/8 is the machine itself.
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ from raysegment.elastic import chaos
 from raysegment.feed.session import worker_environment
 
 FOLDER = "RAYSEGMENT_CLUSTER"  # the variable that names the folder
+_MARK = "RAYSEGMENT_PRACTICE"  # the variable by which a cluster's processes are known, whoever their parent is
 _BLOCK = 100  # ports of a node: its services first, then those of its workers
 _SERVICES = (
     "port",
@@ -129,6 +130,7 @@ class LocalCluster:
     folder: str
     nodes: tuple[Node, ...]
     tls: bool
+    mark: str  # what all its processes, jobs among them, have in their environment
 
     @property
     def head(self) -> Node:
@@ -185,7 +187,7 @@ def up(options: LocalOptions, say: Callable[[str], None] = print) -> LocalCluste
         rising.rise(1)
         rising.rise(options.nodes)
     except BaseException:
-        _end([node.process for node in rising.nodes])
+        _end([node.process for node in rising.nodes], rising.mark)
         shutil.rmtree(place, ignore_errors=True)
         raise
     return rising.cluster
@@ -200,10 +202,11 @@ class _Rising:
     say: Callable[[str], None]
     first: int = 0
     nodes: list[Node] = field(default_factory=list)
+    mark: str = field(default_factory=lambda: secrets.token_hex(8))
 
     @property
     def cluster(self) -> LocalCluster:
-        return LocalCluster(str(self.place), tuple(self.nodes), self.options.tls)
+        return LocalCluster(str(self.place), tuple(self.nodes), self.options.tls, self.mark)
 
     def rise(self, count: int) -> None:
         """Start nodes until there are `count`, and wait for them. A node that ends by itself is started again: Ray gives
@@ -224,7 +227,7 @@ class _Rising:
         self.say(f"{count} of {self.options.nodes} node(s) up")
 
     def _start(self, number: int) -> None:
-        self.nodes[number : number + 1] = [_start(self.options, self.place, number, self.first)]
+        self.nodes[number : number + 1] = [_start(self.options, self.place, number, self.first, self.mark)]
         _write(self.cluster)
 
     def _last_lines(self, number: int, count: int = 15) -> str:
@@ -247,6 +250,7 @@ def _make_token(path: Path) -> None:
 
 def _ports(options: LocalOptions) -> int:
     """The first port of a block of which the services' are free. BadInput where those asked for are not."""
+    taken: int | None = None
     candidates = [options.port] if options.port else range(_FIRST_PORT, _LAST_PORT - _BLOCK * options.nodes, 500)
     for first in candidates:
         taken = next((port for port in _service_ports(first, options.nodes) if not _free(port)), None)
@@ -274,11 +278,12 @@ def _address(number: int) -> str:
     return f"127.0.0.{number + 2}"
 
 
-def _start(options: LocalOptions, place: Path, number: int, first: int) -> Node:
+def _start(options: LocalOptions, place: Path, number: int, first: int, mark: str) -> Node:
     name = f"worker-{number}" if number else "head"
     port = first + number * _BLOCK
     words = start_words(options, place, number, first)
-    environment = {**_node_environment(place, options.tls), **{key: str(first + at) for key, at in _METRICS.items()}}
+    ports = {key: str(first + at) for key, at in _METRICS.items()}
+    environment = {**_node_environment(place, options.tls), **ports, _MARK: mark}
     with (place / f"{name}.log").open("w") as log:
         process = subprocess.Popen(
             [sys.executable, "-m", "ray.scripts.scripts", *words],
@@ -351,7 +356,7 @@ def read_cluster() -> LocalCluster:
     try:
         content = json.loads(path.read_text())
         nodes = tuple(Node(**{**node, "process": Process(**node["process"])}) for node in content["nodes"])
-        return LocalCluster(content["folder"], nodes, content["tls"])
+        return LocalCluster(content["folder"], nodes, content["tls"], content["mark"])
     except FileNotFoundError:
         raise BadInput(path, "a practice cluster", "none", f"`local.sh up N` makes one ({FOLDER} names its folder).") from None
     except (ValueError, TypeError, KeyError) as error:
@@ -370,24 +375,35 @@ def status() -> dict[str, Any]:
 def down() -> dict[str, Any]:
     """End the cluster's processes, workers' first, and remove its folder: how many ended how."""
     cluster = read_cluster()
-    ended = _end([node.process for node in reversed(cluster.nodes)])
+    ended = _end([node.process for node in reversed(cluster.nodes)], cluster.mark)
     shutil.rmtree(cluster.folder)
     return {"folder": cluster.folder, "nodes": len(cluster.nodes), **ended}
 
 
-def _end(processes: Sequence[Process]) -> dict[str, int]:
-    """End processes and all below them: asked first, then killed, as are those below that outlive them."""
+def _end(processes: Sequence[Process], mark: str) -> dict[str, int]:
+    """End nodes' processes and all others of their cluster: asked first, then killed, as are those that outlive them."""
     living = [process for process in processes if process.lives]
-    below = [Process.of(pid) for process in living for pid in chaos.descendants(process.pid)]
+    others = [process for process in members(mark) if process not in living]
     for process in living:
         process.signal(signal.SIGTERM)
     _until_ended(living, _END_S)
-    _until_ended(below, _END_S / 4)
-    rest = [process for process in [*living, *below] if process.lives]
+    _until_ended(others, _END_S / 4)
+    rest = [process for process in dict.fromkeys([*living, *others, *members(mark)]) if process.lives]
     for process in rest:
         process.signal(signal.SIGKILL)
     _until_ended(rest, _END_S)
     return {"ended": len(living), "killed": len(rest)}
+
+
+def members(mark: str) -> list[Process]:
+    """The processes with this mark in their environment, and those below them, whose titles may lie over it."""
+    wanted, found = f"{_MARK}={mark}".encode(), set()
+    for entry in Path("/proc").glob("[0-9]*/environ"):
+        with suppress(OSError):  # it has ended meanwhile, or is somebody else's
+            if wanted in entry.read_bytes().split(b"\0"):
+                found.add(int(entry.parent.name))
+    below = {child for pid in found for child in chaos.descendants(pid)}
+    return [Process.of(pid) for pid in found | below]
 
 
 def _until_ended(processes: Sequence[Process], patience_s: float) -> None:
