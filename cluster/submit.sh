@@ -28,19 +28,21 @@ if [ -n "${RAY_AUTH_TOKEN:-}${RAY_AUTH_TOKEN_PATH:-}" ] || [ -f "$HOME/.ray/auth
 fi
 jobs() { "${PYTHON:-python}" -m raysegment.applications.cluster.jobs "$@"; }
 
-command=(python -m raysegment "$@")
-id="${SUBMISSION_ID:-$(jobs name "$@")}"
-environment=(--runtime-env-json "$(jobs environment "${WORKING_DIR:-}")")
+upload=()
 if [ -n "${WORKING_DIR:-}" ]; then
     [ -d "$WORKING_DIR" ] || bad "WORKING_DIR: expected a folder, got $WORKING_DIR. Name the one to upload, or none"
-    environment+=(--working-dir "$WORKING_DIR")
-    export RAY_max_grpc_message_size=5000000 # of this program alone: what an upload may have
+    upload=(--working-dir "$WORKING_DIR")
 fi
-
 admitted=0
-jobs admit "$id" "${command[@]}" || admitted=$?
+answer="$(jobs admit "${SUBMISSION_ID:-}" "${WORKING_DIR:-}" "$@")" || admitted=$?
+id="${answer%%$'\n'*}" environment="${answer#*$'\n'}"
+submit() {
+    # the limit is what an upload may have, and for this program alone
+    RAY_max_grpc_message_size=5000000 ray job submit --address "$RAY_ADDRESS" --submission-id "$id" \
+        --runtime-env-json "$environment" "${upload[@]}" -- python -m raysegment "$@"
+}
 case $admitted in
-0) ray job submit --address "$RAY_ADDRESS" --submission-id "$id" "${environment[@]}" -- "${command[@]}" || true ;;
+0) submit "$@" || true ;;
 3) ray job logs --address "$RAY_ADDRESS" --follow "$id" || true ;;
 *) exit "$admitted" ;;
 esac

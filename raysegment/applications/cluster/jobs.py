@@ -1,9 +1,10 @@
 """What `cluster/submit.sh` asks of a Ray cluster around its `ray job submit`: may this job begin, and how did it end.
 
-    python -m raysegment.applications.cluster.jobs name WORD…          a submission id that follows from the command
-    python -m raysegment.applications.cluster.jobs admit ID WORD…      0: submit it; 3: it runs, follow it
-    python -m raysegment.applications.cluster.jobs status ID           the command's own status
-    python -m raysegment.applications.cluster.jobs environment [FOLDER]   the job's runtime environment, as JSON
+    python -m raysegment.applications.cluster.jobs admit ID FOLDER VERB WORD…   status 0: submit it; 3: it runs, follow it
+    python -m raysegment.applications.cluster.jobs status ID                    the command's own status
+
+`admit` prints the submission id (ID, unless that is empty) and the runtime environment as JSON; FOLDER is to be uploaded, if
+it is not empty.
 
 Ray refuses a submission id that it knows, also that of a job that has ended, and `ray job submit` has one status for all
 failures: hence these.
@@ -23,11 +24,11 @@ from typing import Any
 from ray.exceptions import AuthenticationError
 from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 
-from raysegment.applications.cluster.options import check_no_secret
+from raysegment.applications.cluster.options import STOP_S, check_no_secret
 from raysegment.climate.checks import BadInput
 
+COMMAND = ("python", "-m", "raysegment")
 BAD_INPUT, FAILURE, FOLLOW, STOPPED = 2, 1, 3, 143
-STOP_S = 20  # that a stopped job gets to end with a committed state; Ray kills after three seconds unless told otherwise
 EXCLUDED = (  # of an uploaded working directory: what is large, what can be made again, what is nobody's business
     ".*",
     "__pycache__",
@@ -126,20 +127,18 @@ def _client() -> JobSubmissionClient:
 
 def main(arguments: Sequence[str]) -> int:
     """One of the questions above; what is wrong goes to standard error."""
-    question, *words = arguments
     try:
-        if question == "name":
-            print(job_name(words))
-        elif question == "environment":
-            print(json.dumps(environment(*words)))
-        elif question == "admit":
-            return 0 if admit(_client(), words[0], words[1:]) else FOLLOW
-        elif question == "status":
-            return outcome(_client(), words[0])
+        match list(arguments):
+            case ["admit", job, folder, *words]:
+                job = job or job_name(words)
+                print(job, json.dumps(environment(folder)), sep="\n")
+                return 0 if admit(_client(), job, [*COMMAND, *words]) else FOLLOW
+            case ["status", job]:
+                return outcome(_client(), job)
     except BadInput as bad:
         print(f"submit.sh: {bad}", file=sys.stderr)
         return BAD_INPUT
-    return 0
+    raise AssertionError(arguments)
 
 
 if __name__ == "__main__":

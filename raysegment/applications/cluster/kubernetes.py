@@ -13,10 +13,9 @@ from typing import Any
 import ray
 import yaml
 
-from raysegment.applications.cluster.options import KubernetesOptions
+from raysegment.applications.cluster.options import STOP_S, KubernetesOptions
 
 Manifest = dict[str, Any]
-_STOP_S = 20  # that a stopped job gets to end with a committed state (as in submit.sh)
 _USER = 1000  # of the image
 _ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -61,7 +60,7 @@ def _job(options: KubernetesOptions, verbs: Collection[str]) -> Manifest:
     """
     return {
         "entrypoint": shlex.join(["python", "-m", "raysegment", *options.words(verbs)]),
-        "runtimeEnvYAML": yaml.safe_dump({"env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": str(_STOP_S)}}),
+        "runtimeEnvYAML": yaml.safe_dump({"env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": str(STOP_S)}}),
         "submissionMode": "K8sJobMode",
         "submitterConfig": {"backoffLimit": 3},
         "submitterPodTemplate": _submitter(options),

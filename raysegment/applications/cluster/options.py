@@ -17,6 +17,7 @@ HOSTS = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*(\[[0-9,-]+\])?")
 _LABEL = re.compile(r"[a-z]([a-z0-9-]*[a-z0-9])?")  # RFC 1035, as KubeRay asks of names
 _LONGEST = 47  # of a RayJob's name: KubeRay appends six characters to make its cluster's
 _QUANTITY = re.compile(r"[1-9][0-9]*(\.[0-9]+)?(m|[kMGTP]i?)?")
+STOP_S = 20  # that a stopped job gets to end with a committed state; Ray kills after three seconds unless told otherwise
 DASHBOARDS = {"loopback": "127.0.0.1", "all": "0.0.0.0"}  # who reaches the dashboard: its host alone, or the network
 LAUNCHERS = ("jsrun", "blaunch")
 KINDS = ("job", "cluster")
