@@ -15,6 +15,7 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
+import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,10 +24,11 @@ from typing import Any
 
 import pytest
 import yaml
+from ray._private.runtime_env import packaging
 from ray.job_submission import JobStatus, JobSubmissionClient
 
 from raysegment.applications.cluster.certificates import make_certificates
-from raysegment.applications.cluster.jobs import admit, job_name, outcome
+from raysegment.applications.cluster.jobs import admit, environment, job_name, outcome
 from raysegment.applications.cluster.local import LocalOptions, members, start_words, up
 from raysegment.climate.checks import BadInput
 from raysegment.elastic.settings import plain
@@ -141,6 +143,23 @@ def test_a_jobs_status_is_its_commands(status, code, expected):
 
 def test_a_job_that_does_not_end_is_a_failure():
     assert outcome(Client("RUNNING"), "a", patience_s=0) == 1
+
+
+def test_what_is_uploaded_of_a_folder_is_its_code_and_small(tmp_path):
+    stay = (".ssh/id", "data.nc", "raysegment/key.pem", "runs/a/steps.jsonl", "ignored/b")
+    for name in ("raysegment/__main__.py", "run.yaml", *stay):
+        (tmp_path / "code" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "code" / name).write_text("text")
+    (tmp_path / "code" / ".gitignore").write_text("ignored\n")
+
+    def uploaded(folder: Path, package: Path) -> list[str]:
+        packaging.create_package(str(folder), package, True, excludes=environment(str(folder))["excludes"])
+        with zipfile.ZipFile(package) as content:
+            return sorted(name for name in content.namelist() if not name.endswith("/"))
+
+    assert uploaded(tmp_path / "code", tmp_path / "code.zip") == ["raysegment/__main__.py", "run.yaml"]
+    assert {"raysegment/cli.py", "raysegment/configs/small.yaml"} <= set(uploaded(ROOT, tmp_path / "own.zip"))
+    assert (tmp_path / "own.zip").stat().st_size < 5_000_000
 
 
 # ---------------------------------------------------------------- with one

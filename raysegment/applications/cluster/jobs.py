@@ -30,7 +30,7 @@ from raysegment.climate.checks import BadInput
 COMMAND = ("python", "-m", "raysegment")
 BAD_INPUT, FAILURE, FOLLOW, STOPPED = 2, 1, 3, 143
 EXCLUDED = (  # of an uploaded working directory: what is large, what can be made again, what is nobody's business
-    ".*",
+    ".?*",  # hidden files; `.*` would be the folder itself as well
     "__pycache__",
     "*.egg-info",
     "venv",
