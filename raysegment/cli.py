@@ -825,6 +825,7 @@ VERBS = (
     Verb("replay", "steps of a run computed once more and compared with its log: 0 where equal, 1 where not",
          "raysegment replay runs/first --steps 120:130", _replay_options, _replay),
     Verb("cluster", "job scripts for Slurm and LSF, manifests for Kubernetes; nodes awaited and drained; dashboards",
+    Verb("cluster", "job scripts for Slurm and LSF, manifests for Kubernetes; a practice cluster; nodes awaited and drained",
          "raysegment cluster render slurm run=inspect nodes=4 min=2 gpus=8", _cluster_options, _cluster),
     Verb("scale", "throughput, time and goodput on GPUs nobody has measured, from points on few",
          "raysegment scale predict --model model.yaml --system juwels_v1 --gpus 2048", _scale_options, _scale),

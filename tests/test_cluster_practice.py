@@ -35,7 +35,7 @@ from raysegment.elastic.settings import plain
 from tests.helpers import ROOT
 from tests.small_training import config, write_shards
 
-STEPS = 600
+STEPS = 240
 
 
 # ---------------------------------------------------------------- without a cluster

@@ -1,1 +1,1 @@
-"""What runs raysegment on a cluster: job scripts for Slurm and LSF, manifests for Kubernetes, nodes awaited and drained."""
+"""What runs raysegment on a cluster: job scripts, manifests, a practice cluster, what surrounds a submission, nodes."""
