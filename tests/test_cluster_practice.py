@@ -390,10 +390,12 @@ def test_tls_lets_nobody_in_who_has_no_certificate(encrypted, tmp_path):
     script = f"import ray; ray.init({encrypted.address!r}, log_to_driver=False); print(ray.cluster_resources()['CPU'])"
     assert run([sys.executable, "-c", script], encrypted.environment)[:2] == (0, "2.0\n")
     host, port = encrypted.address.split(":")
-    assert greeting(host, int(port), encrypted.folder / "tls") == "welcome"
-    assert "certificate required" in greeting(host, int(port), None)
     make_certificates(tmp_path / "own", [host])
-    assert "unknown ca" in greeting(host, int(port), tmp_path / "own")
+    assert [is_answered(host, int(port), shown) for shown in (encrypted.folder / "tls", None, tmp_path / "own")] == [
+        True,
+        False,
+        False,
+    ]
     plainly = {key: value for key, value in encrypted.environment.items() if "TLS" not in key}
     done = subprocess.Popen(
         [sys.executable, "-c", script], env=plainly, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
@@ -417,8 +419,8 @@ def test_down_ends_all_that_is_of_the_cluster_also_of_a_node_that_was_killed(enc
     assert encrypted.local("down")[0] == 2
 
 
-def greeting(host: str, port: int, certificates: Path | None) -> str:
-    """What becomes of a TLS connection to Ray's head, as gRPC makes one."""
+def is_answered(host: str, port: int, certificates: Path | None) -> bool:
+    """Whether Ray's head talks on a TLS connection, begun as gRPC begins one, with these certificates or none."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
     context.set_alpn_protocols(["h2"])
@@ -427,9 +429,9 @@ def greeting(host: str, port: int, certificates: Path | None) -> str:
     try:
         with socket.create_connection((host, port), timeout=60) as plain_line, context.wrap_socket(plain_line) as line:
             line.sendall(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\4\0\0\0\0\0")
-            return "welcome" if line.recv(9) else "closed"
-    except ssl.SSLError as refused:
-        return str(refused).lower().replace("_", " ")
+            return bool(line.recv(9))
+    except OSError:
+        return False
 
 
 def driver_of(config_file: Path) -> int:
