@@ -98,8 +98,7 @@ def outcome(client: JobSubmissionClient, job: str, patience_s: float = _SETTLE_S
         return 0
     if known.status == JobStatus.STOPPED:
         return STOPPED
-    code = known.driver_exit_code
-    return code if code is not None and 0 < code < 256 else FAILURE
+    return known.driver_exit_code if known.driver_exit_code in (BAD_INPUT, STOPPED) else FAILURE  # 137 where it was killed
 
 
 def _info(client: JobSubmissionClient, job: str) -> JobDetails | None:
