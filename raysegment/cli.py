@@ -52,6 +52,8 @@ from raysegment.applications.report import read_history, report
 from raysegment.applications.scale import MODEL, Table, model_of, needed, scale_check, scale_fit, scale_plan, scale_predict
 from raysegment.applications.scale_calibrate import CalibrateConfig, calibrate
 from raysegment.applications.scale_calibrate import lines as calibrate_lines
+from raysegment.applications.scale_control import ControlConfig, scale_control
+from raysegment.applications.scale_control import lines as control_lines
 from raysegment.applications.scaling.goodput import Faults
 from raysegment.applications.scaling.machines import PRECISIONS as MACHINE_PRECISIONS
 from raysegment.applications.scaling.predict import Query
@@ -699,12 +701,13 @@ def _exported(cluster: LocalCluster, summary: dict[str, Any], console: Console) 
 def _scale_options(sub: argparse.ArgumentParser) -> None:
     what = (
         "fit: points of a CSV file to a model; predict: throughput; plan: hours, files, what limits; calibrate: "
-        "this cluster, measured into a machine file; check: the model against points it did not see and the runs of 2018"
+        "this cluster, measured into a machine file; control: roster, keepers and planning with hundreds of light members, "
+        "into control.yaml; check: the model against points it did not see and the runs of 2018"
     )
-    keys = "fit, check: points; plan: faults, e.g. per_gpu_hour=2e-5 back_s=60; calibrate: name=here members=2"
-    sub.add_argument("what", choices=("fit", "predict", "plan", "calibrate", "check"), help=what)
+    keys = "fit, check: points; plan: faults, e.g. per_gpu_hour=2e-5 back_s=60; calibrate: name=here members=2; control: members=2:512"
+    sub.add_argument("what", choices=("fit", "predict", "plan", "calibrate", "control", "check"), help=what)
     sub.add_argument("options", nargs="*", metavar="POINTS.csv | key=value", help=keys)
-    sub.add_argument("--out", type=Path, help="what fit and calibrate write (default: model.yaml, machine.yaml)")
+    sub.add_argument("--out", type=Path, help="what is written (default: model.yaml, machine.yaml, control.yaml)")
     sub.add_argument("--model", type=Path, help="a model (default: model.yaml here, else what is known of the 2018 system)")
     sub.add_argument("--system", help="which system of the model's points")
     sub.add_argument("--gpus", type=int, help="how many GPUs")
@@ -733,9 +736,20 @@ def _scale_calibrate(options: argparse.Namespace, console: Console) -> tuple[dic
     return result, [Table(f"measured: {result['machine']}", ["what", "value"], calibrate_lines(result))]
 
 
+def _scale_control(options: argparse.Namespace, console: Console) -> tuple[dict[str, Any], list[Table]]:
+    settings = _configured(ControlConfig, None, options.options)
+    with console.phase("control") as report:
+        result = scale_control(settings, options.out or Path("control.yaml"), report)
+    columns = ["what", "fixed", "for one member more (90 % interval)", f"with {result['largest']}", "of it by its square"]
+    console.say(f"largest: {result['largest']} members; then {result['stopped']}")
+    return result, [Table(f"measured: {result['control']}", columns, control_lines(result))]
+
+
 def _scaled(options: argparse.Namespace, console: Console) -> tuple[dict[str, Any], list[Table]]:
     if options.what == "calibrate":
         return _scale_calibrate(options, console)
+    if options.what == "control":
+        return _scale_control(options, console)
     path = Path(options.options[0]) if options.options else None
     if options.what == "check":
         return scale_check(path, options.pictures)

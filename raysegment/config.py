@@ -15,15 +15,17 @@ import yaml
 from raysegment.climate.checks import BadInput
 
 T = TypeVar("T")
-_BOOL = "tag:yaml.org,2002:bool"
+_BOOL, _INT = "tag:yaml.org,2002:bool", "tag:yaml.org,2002:int"
+_WHOLE = re.compile(r"[-+]?(?:0b[01_]+|0x[0-9a-fA-F_]+|0[0-7_]*|[1-9][0-9_]*)$")  # as YAML 1.1, but for the base of 60
 
 
 class _Loader(yaml.SafeLoader):
-    """With YAML 1.2's booleans, true and false: `off` and `no` are words, as in checkpoint.memory=off."""
+    """With YAML 1.2's booleans, true and false: `off` and `no` are words, as in checkpoint.memory=off. And with its whole
+    numbers: 2:32 is no number to the base of 60."""
 
 
 _Loader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in known if tag != _BOOL]
+    first: [(tag, pattern if tag != _INT else _WHOLE) for tag, pattern in known if tag != _BOOL]
     for first, known in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
 _Loader.add_implicit_resolver(_BOOL, re.compile("true|True|TRUE|false|False|FALSE"), list("tTfF"))

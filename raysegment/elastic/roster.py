@@ -332,6 +332,10 @@ class RosterActor:
             "gave_up": self.roster.gave_up,
         }  # fmt: skip
 
+    async def clock(self) -> tuple[float, float]:
+        """Monotonic seconds, and seconds that this process has used of processors."""
+        return time.monotonic(), time.process_time()
+
     async def stop(self, why: str) -> None:
         """Have everybody commit and end."""
         self.roster.stop(why)
