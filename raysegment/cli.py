@@ -49,11 +49,22 @@ from raysegment.applications.pictures import draw_files
 from raysegment.applications.projections import AUTO, PLATE_CARREE, PROJECTIONS
 from raysegment.applications.replay import Span, replay
 from raysegment.applications.report import read_history, report
-from raysegment.applications.scale import MODEL, Table, model_of, needed, scale_check, scale_fit, scale_plan, scale_predict
+from raysegment.applications.scale import (
+    MODEL,
+    Table,
+    model_of,
+    needed,
+    read_runs,
+    scale_check,
+    scale_fit,
+    scale_plan,
+    scale_predict,
+)
 from raysegment.applications.scale_calibrate import CalibrateConfig, calibrate
 from raysegment.applications.scale_calibrate import lines as calibrate_lines
 from raysegment.applications.scale_control import ControlConfig, scale_control
 from raysegment.applications.scale_control import lines as control_lines
+from raysegment.applications.scaling.control import read as read_control
 from raysegment.applications.scaling.goodput import Faults
 from raysegment.applications.scaling.machines import PRECISIONS as MACHINE_PRECISIONS
 from raysegment.applications.scaling.predict import Query
@@ -704,7 +715,7 @@ def _scale_options(sub: argparse.ArgumentParser) -> None:
         "this cluster, measured into a machine file; control: roster, keepers and planning with hundreds of light members, "
         "into control.yaml; check: the model against points it did not see and the runs of 2018"
     )
-    keys = "fit, check: points; plan: faults, e.g. per_gpu_hour=2e-5 back_s=60; calibrate: name=here members=2; control: members=2:512"
+    keys = "fit, check: points; plan: faults, e.g. per_gpu_hour=2e-5; calibrate: name=here members=2; control: members=2:512"
     sub.add_argument("what", choices=("fit", "predict", "plan", "calibrate", "control", "check"), help=what)
     sub.add_argument("options", nargs="*", metavar="POINTS.csv | key=value", help=keys)
     sub.add_argument("--out", type=Path, help="what is written (default: model.yaml, machine.yaml, control.yaml)")
@@ -715,8 +726,11 @@ def _scale_options(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--network", help="default: as the system's largest point")
     sub.add_argument("--precision", choices=MACHINE_PRECISIONS, help="default: as the system's largest point")
     sub.add_argument("--lag", type=int, default=0, help="steps that gradients are late, 0 or 1 (default: 0)")
+    sub.add_argument("--control", type=Path, metavar="FILE", help="predict, plan: what `scale control` has measured")
     sub.add_argument("--pictures", type=Path, metavar="DIR", help="check: draw scaling, shares and goodput into a folder")
     sub.add_argument("--epochs", type=float, help="plan: how many (default: as many as the global batch needs)")
+    runs = "plan: figures of failures and saving from a training run's record (several times: of several runs)"
+    sub.add_argument("--run", type=Path, action="append", metavar="DIR", help=runs)
     sub.add_argument("--checkpoint-s", type=float, help="plan: seconds training stands still for a checkpoint file")
 
 
@@ -745,6 +759,15 @@ def _scale_control(options: argparse.Namespace, console: Console) -> tuple[dict[
     return result, [Table(f"measured: {result['control']}", columns, control_lines(result))]
 
 
+def _scale_plan(options: argparse.Namespace, query: Query) -> tuple[dict[str, Any], Table]:
+    """Figures of failures: the usual ones, or else those of runs' records, or else what is given."""
+    runs = read_runs(options.run or [])
+    told = {name: value for name, value in runs.values.items() if name != "checkpoint_s"}
+    faults = config.load(Faults, config.apply_overrides(told, options.options), "command line")
+    given = [word.partition("=")[0] for word in options.options] + ["checkpoint_s"] * (options.checkpoint_s is not None)
+    return scale_plan(model_of(options.model), query, options.epochs, faults, options.checkpoint_s, runs, given)
+
+
 def _scaled(options: argparse.Namespace, console: Console) -> tuple[dict[str, Any], list[Table]]:
     if options.what == "calibrate":
         return _scale_calibrate(options, console)
@@ -761,12 +784,12 @@ def _scaled(options: argparse.Namespace, console: Console) -> tuple[dict[str, An
         needed(options.system, "--system", "Name a system of the model's points."),
         needed(options.gpus, "--gpus", "Say how many GPUs."),
         options.local_batch, options.network, options.precision, options.lag,
+        plane=read_control(options.control) if options.control else None,
     )  # fmt: skip
     if options.what == "predict":
         result, shown = scale_predict(model_of(options.model), query)
     else:
-        faults = _configured(Faults, None, options.options)
-        result, shown = scale_plan(model_of(options.model), query, options.epochs, faults, options.checkpoint_s)
+        result, shown = _scale_plan(options, query)
     return result, [shown]
 
 

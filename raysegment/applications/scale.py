@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from raysegment.applications.scaling import check, points
+from raysegment.applications.scaling import check, points, recorded
 from raysegment.applications.scaling.check import Left
 from raysegment.applications.scaling.fit import Model, fit, read, write
 from raysegment.applications.scaling.goodput import Faults
 from raysegment.applications.scaling.pictures import draw
 from raysegment.applications.scaling.plan import job_of, plan
 from raysegment.applications.scaling.predict import Prediction, Query, predict, where
+from raysegment.applications.scaling.recorded import History, Recorded
 from raysegment.climate.checks import BadInput
+from raysegment.elastic.runs import Run, read_lines
 
 MODEL = Path("model.yaml")
 _ABOVE = (256, 512)
@@ -75,11 +77,33 @@ def _prediction_rows(found: Prediction) -> Iterable[list[Any]]:
         yield [f"of it {cause}", f"{100 * share:.1f} %"]
 
 
+def read_runs(folders: Sequence[Path]) -> Recorded:
+    """What the records of training runs say of failures and saving; BadInput for a folder without steps."""
+    return recorded.read([_history(Run(folder)) for folder in folders]) if folders else recorded.NOTHING
+
+
+def _history(run: Run) -> History:
+    steps = read_lines(run.steps)[0]
+    if not steps:
+        raise BadInput(run.folder, "the folder of a training run", "no steps.jsonl with a step", "Give a run's `out` as --run.")
+    try:
+        history = History(run.read_events(), steps)
+        recorded.read([history])
+    except (KeyError, TypeError) as error:
+        raise BadInput(run.folder, "records of this version", repr(error), "Give another run.") from None
+    return history
+
+
 def scale_plan(
-    model: Model, query: Query, epochs: float | None, faults: Faults, cost_s: float | None
-) -> tuple[dict[str, Any], Table]:
-    """The plan of a job."""
+    model: Model, query: Query, epochs: float | None, faults: Faults, cost_s: float | None, runs: Recorded = recorded.NOTHING,
+    given: Collection[str] = (),
+) -> tuple[dict[str, Any], Table]:  # fmt: skip
+    """The plan of a job. `runs` and `given` say which of the figures come from records and which were given."""
+    if cost_s is None:
+        cost_s = runs.values.get("checkpoint_s")
     found = plan(model, query, epochs, faults, cost_s)
+    values = {**asdict(faults), "checkpoint_s": found.checkpoint_s}
+    figures = {name: {"value": values[name], "source": runs.source(name, given)} for name in recorded.FIGURES}
     rows: list[list[Any]] = [
         ["epochs", f"{found.epochs:.1f}"],
         ["hours (90 % interval)", f"{found.hours:.3g} ({found.hours_low:.3g} … {found.hours_high:.3g})"],
@@ -91,8 +115,9 @@ def scale_plan(
         ["memory of a GPU, GiB (estimate)", f"{found.memory_gib:.1f}"],
         ["reads from the shared file system, GB/s", f"{found.shared_read_bytes_per_s / 1e9:.2f}"],
         ["limits, in this order", ", ".join(f"{name} {100 * found.lost[name]:.1f} %" for name in found.limits)],
+        *([name, f"{one['value']:.3g} ({one['source']})"] for name, one in figures.items()),
     ]
-    return found.as_dict(), Table(_title(found.prediction), ["what", "value"], rows)
+    return {**found.as_dict(), "figures": figures}, Table(_title(found.prediction), ["what", "value"], rows)
 
 
 # ---------------------------------------------------------------- check

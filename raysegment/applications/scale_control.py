@@ -22,7 +22,7 @@ from typing import Any
 
 import ray
 import torch
-from ray.exceptions import GetTimeoutError, RayError
+from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from raysegment.applications.scaling import control
@@ -41,7 +41,6 @@ Rounds = dict[str, list[tuple[float, float]]]  # of each cost: (members, seconds
 _SHARDS = 1000  # to be placed on nodes: DeepCAM's tiles, 121 to a shard
 _SPARE_GIB = 1.5  # of memory, without which no larger number is tried
 _CALM, _LOOK_CPU_S = 0.5, 0.1  # a roster that takes less of a processor than that has heard everything
-_FILES = 64  # descriptors that a roster needs besides two for each member
 _STEPS = 10
 
 
@@ -68,7 +67,7 @@ class ControlConfig:
 
     def __post_init__(self) -> None:
         if len(self.sizes) < 2:
-            raise ValueError(f"members: expected FROM:TO, at least 2 and at least twice as many, like 2:512, got {self.members!r}")
+            raise ValueError(f"members: expected FROM:TO like 2:512, at least 2 and at least twice as many, got {self.members!r}")
         if min(self.rounds, self.processes, self.per_node, self.state_kib) < 1:
             raise ValueError(f"expected at least 1 of rounds, processes, per_node and state_kib, got {self}")
         if min(self.beat_s, self.window_s, self.step_s, self.limit_s) <= 0:
@@ -180,7 +179,7 @@ def _stops(config: ControlConfig, hosts: Hosts, folder: Path, rounds: Rounds, si
     started = time.monotonic()
     try:
         found = hosts.rounds(size, 1, folder)
-    except (RuntimeError, RayError, OSError) as error:  # GetTimeoutError among Ray's
+    except (RuntimeError, RayError, OSError) as error:
         hosts.restart()
         return f"{size} members: {_cause(error)}"
     took_s = time.monotonic() - started
@@ -246,8 +245,9 @@ class Hosts:
         """The costs of each of `count` rounds with so many members and one roster."""
         roster = RosterActor.options(scheduling_strategy=self._here).remote(_training(self.config, size, folder))  # pyright: ignore[reportAttributeAccessIssue]
         try:
-            found = ray.get(roster.address.remote(), timeout=self.config.limit_s)
-            return [Round(self, roster, Address(found.host, found.port, found.token), size, number).run() for number in range(count)]
+            found: Any = ray.get(roster.address.remote(), timeout=self.config.limit_s)
+            address = Address(found.host, found.port, found.token)
+            return [Round(self, roster, address, size, number).run() for number in range(count)]
         finally:
             ray.kill(roster)
 

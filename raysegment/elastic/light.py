@@ -81,7 +81,9 @@ class LightMember:
         self._say({"op": "ready", "committed": 0, "origin": "new"})
         _, self._beats = await self._connect(address, BEAT, {"uid": self.uid})
 
-    async def _connect(self, address: Address, role: str, hello: dict[str, Any]) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    async def _connect(
+        self, address: Address, role: str, hello: dict[str, Any]
+    ) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
         greet = partial(connect, (address.host, address.port), address.token, role, hello, self.ladder.forming_s)
         line = await asyncio.get_running_loop().run_in_executor(self._greeters, greet)
         line.setblocking(False)
@@ -160,10 +162,11 @@ class LightHost:
                 raise RuntimeError(f"{len(lost)} members were lost, the first is {lost[0]}")
             if time.monotonic() > deadline:
                 here = sum(m.generation >= number and m.size == size for m in self.members.values())
-                raise RuntimeError(f"after {timeout_s:g} s {here} of {len(self.members)} members had heard of a generation of {size}")
+                heard = f"{here} of {len(self.members)} members had heard of a generation of {size}"
+                raise RuntimeError(f"after {timeout_s:g} s {heard}")
             await asyncio.sleep(0.002)
-        heard = [member.heard["generation"] for member in self.members.values()]
-        return max((member.generation for member in self.members.values()), default=0), max(heard, default=0.0)
+        last = max((member.heard["generation"] for member in self.members.values()), default=0.0)
+        return max((member.generation for member in self.members.values()), default=0), last
 
     async def lose(self, uid: str) -> float:
         """When a member's connections were closed."""
@@ -203,7 +206,7 @@ class LightHost:
         return [plan.seconds(step, member.rank, member.size) for member in self.members.values()]
 
 
-Host: Any = ray.remote(num_cpus=0, max_restarts=0, max_concurrency=1000)(LightHost)
+Host: Any = ray.remote(num_cpus=0, max_restarts=0, max_concurrency=1000)(LightHost)  # pyright: ignore[reportCallIssue]
 
 
 def facts_of(number: int, per_node: int) -> dict[str, Any]:

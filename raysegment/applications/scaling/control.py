@@ -61,6 +61,11 @@ class Cost:
         if self.name not in COSTS or not good or len(set(self.members)) < 2 or min(self.members) < 1:
             raise ValueError(f"expected a cost of {', '.join(COSTS)}, two numbers of members, seconds of each, got {self}")
 
+    @property
+    def rounds(self) -> list[tuple[float, float]]:
+        """(members, seconds) of each round."""
+        return list(zip(self.members, self.seconds, strict=True))
+
     @cached_property
     def terms(self) -> np.ndarray:
         """(fixed, per_member, per_square)."""
@@ -186,7 +191,7 @@ def summary(cost: Cost, largest: float) -> dict[str, Any]:
 
 def write(plane: ControlPlane, path: Path) -> None:
     """The measurement as YAML: every round, and what the fit makes of them."""
-    costs = {name: {**summary(cost, plane.largest), "rounds": [list(pair) for pair in zip(cost.members, cost.seconds, strict=True)]}
+    costs = {name: {**summary(cost, plane.largest), "rounds": [list(pair) for pair in cost.rounds]}
              for name, cost in plane.costs.items()}  # fmt: skip
     content = {"format": 1, "control": "measured", "measured": plane.measured, "largest": plane.largest,
                "patience_s": plane.patience_s, "costs": costs}  # fmt: skip

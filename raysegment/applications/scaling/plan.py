@@ -55,7 +55,7 @@ def plan(model: Model, query: Query, epochs: float | None, faults: Faults, check
     here, speed = where(model, query), predict(model, query)
     batch = query.gpus * here.local_batch
     needed = epochs if epochs is not None else curve.at(batch)
-    job = job_of(here, speed.step_s, checkpoint_s)
+    job, faults = job_of(here, speed.step_s, checkpoint_s), with_control(faults, query)
     interval_s = best_interval_s(job, faults)
     share = goodput(job, faults, interval_s)
     waiting = replace(job, policy="wait")
@@ -76,6 +76,17 @@ def job_of(here: Where, step_s: float, checkpoint_s: float | None) -> Job:
     """What failures meet: one takes a node's GPUs; a checkpoint's stall is what copying the state out takes, if not given."""
     cost_s = checkpoint_s if checkpoint_s is not None else STATE_BYTES * here.workload.parameters / COPY_BYTES_PER_S
     return Job(here.gpus, here.members, step_s, cost_s)
+
+
+def with_control(faults: Faults, query: Query) -> Faults:
+    """Faults whose figures, measured with three members, hold what the measured control plane takes for so many more."""
+    if query.plane is None:
+        return faults
+    extra = {name: query.plane.extra_s(f"{name}_s", query.gpus) for name in ("loss", "grow", "join")}
+    return replace(
+        faults, detection_s=faults.detection_s + extra["loss"], joining_s=faults.joining_s + extra["grow"],
+        all_back_s=faults.all_back_s + extra["join"],
+    )  # fmt: skip
 
 
 def memory_gib(here: Where) -> float:

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from raysegment.applications.scaling.control import ControlPlane
 from raysegment.applications.scaling.fit import NOISE, Model
 from raysegment.applications.scaling.machines import PRECISIONS
 from raysegment.applications.scaling.step import CAUSES, Where, times
@@ -23,7 +24,7 @@ OTHER_NETWORK, OTHER_PRECISION = 0.20, 0.25
 
 @dataclass(frozen=True)
 class Query:
-    """What is asked; None: as the system's points have it."""
+    """What is asked; None: as the system's points have it. `plane`: the control plane as it was measured, for today's."""
 
     system: str
     gpus: int
@@ -33,6 +34,7 @@ class Query:
     lag: int = 0
     algorithm: str = "best"
     control: str | None = None
+    plane: ControlPlane | None = None
 
     def __post_init__(self) -> None:
         if self.gpus < 1:
@@ -84,7 +86,8 @@ def where(model: Model, query: Query) -> Where:
     query = complete(model, query)
     machine, of = model.machine_of(query.system), workload(query.network or "")
     return Where(
-        machine, of, query.gpus, query.local_batch or 1, query.precision or "", query.lag, query.algorithm, query.control
+        machine, of, query.gpus, query.local_batch or 1, query.precision or "", query.lag, query.algorithm, query.control,
+        query.plane,
     )
 
 
@@ -144,6 +147,8 @@ def warnings(model: Model, query: Query) -> list[str]:
     ):
         if asked not in known:
             found.append(f"{word} {asked} of {query.system} was never measured (only {', '.join(map(str, sorted(known)))})")
+    if query.plane is not None:
+        found += query.plane.warnings(query.gpus)
     if machine.generic:
         found.append(f"machine {machine.name} has no file: its links and disks are typical ones")
     if kept := model.at_prior(query.system):

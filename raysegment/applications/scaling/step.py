@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from scipy.special import log_ndtr
 
+from raysegment.applications.scaling.control import ControlPlane
 from raysegment.applications.scaling.machines import Machine
 from raysegment.applications.scaling.workloads import Workload
 
@@ -33,7 +34,8 @@ Array = Any  # a number or an array; everything broadcasts
 
 @dataclass(frozen=True)
 class Where:
-    """One configuration: which machine and workload, on how many GPUs, with which local batch, precision and lag."""
+    """One configuration: which machine and workload, on how many GPUs, with which local batch, precision and lag; `plane` is
+    the control plane where it has been measured."""
 
     machine: Machine
     workload: Workload
@@ -42,7 +44,8 @@ class Where:
     precision: str
     lag: int = 0
     algorithm: str = "best"
-    control: str | None = None  # None: the workload's
+    control: str | None = None  # flat, tree, none or measured; None: the workload's, unless there is a `plane`
+    plane: ControlPlane | None = None
 
     @property
     def nodes(self) -> int:
@@ -91,7 +94,8 @@ def times(where: Where, rates: Rates, without: Collection[str] = ()) -> dict[str
     found["straggling"] = 0.0 if "straggling" in without else straggling(where, rates, found["compute"])
     busy = found["compute"] + found["exchange"] + found["straggling"]
     found["input"] = 0.0 if "input" in without else exposed_input(where, rates, busy)
-    found["control"] = 0.0 if "control" in without else control(where, rates, found["compute"])
+    busy = busy + found["input"]
+    found["control"] = 0.0 if "control" in without else control(where, rates, found["compute"], busy)
     return {cause: found[cause] for cause in CAUSES}
 
 
@@ -208,16 +212,20 @@ def read_rate(where: Where, disk: Array) -> Array:
     return disk * (machine.disk_bytes_per_s or shared)
 
 
-def control(where: Where, rates: Rates, compute_s: Array) -> Array:
-    """Seconds of negotiation that a step waits for, and its share of an epoch's border.
+def control(where: Where, rates: Rates, compute_s: Array, busy_s: Array) -> Array:
+    """Seconds of negotiation that a step (otherwise of `busy_s`) waits for, and its share of an epoch's border.
 
     flat: rank 0 reads and writes 2(P−1) messages for each tensor (Horovod before 2018); tree: a rank handles r + 1, and
     the last tensor goes up and down ⌈log_r P⌉ levels and waits for a tick. Hidden behind backward but for the last tensor.
+    measured: nobody waits for the roster, which hears of every step, as long as it can follow.
     """
     border_s = rates.epoch_s / where.steps_per_epoch
-    plane = where.control or where.workload.control
+    plane = where.control or ("measured" if where.plane is not None else where.workload.control)
     if plane == "none" or where.gpus <= 1:
         return border_s
+    if plane == "measured":
+        assert where.plane is not None, "a measured control plane comes with its measurement"
+        return border_s + where.plane.exposed_s(where.gpus, busy_s)
     if plane == "flat":
         each_s = 2 * (where.gpus - 1) * MESSAGE_S
         last_s = each_s + TICK_S
