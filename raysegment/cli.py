@@ -754,7 +754,7 @@ def _scale_control(options: argparse.Namespace, console: Console) -> tuple[dict[
     settings = _configured(ControlConfig, None, options.options)
     with console.phase("control") as report:
         result = scale_control(settings, options.out or Path("control.yaml"), report)
-    columns = ["what", "fixed", "for one member more (90 % interval)", f"with {result['largest']}", "of it by its square"]
+    columns = ["what", "fixed", "for one member more (90 % interval)", "in all (with so many)", "of it by the square"]
     console.say(f"largest: {result['largest']} members; then {result['stopped']}")
     return result, [Table(f"measured: {result['control']}", columns, control_lines(result))]
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from statistics import median
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -9,6 +11,7 @@ from hypothesis import strategies as st
 from raysegment.climate.checks import BadInput
 from raysegment.elastic.assembly import Assembly
 from raysegment.elastic.ladder import Ladder
+from raysegment.elastic.paces import _median_without
 
 LADDER = Ladder(2.0)
 
@@ -295,3 +298,10 @@ def test_the_ladder_rises_and_is_checked_against_rays_limits():
         LADDER.check(30.0, 60.0)
     with pytest.raises(BadInput, match="START_TIMEOUT"):
         LADDER.check(0.5, 10.0)
+
+
+@given(st.lists(st.sampled_from([0.5, 1.0, 1.0, 1.5, 4.0, 9.0]), min_size=1, max_size=12))
+def test_the_median_of_the_others_is_found_without_going_through_them(values):
+    for place, value in enumerate(values):
+        others = values[:place] + values[place + 1 :]
+        assert _median_without(sorted(values), value) == (median(others) if others else value)

@@ -17,6 +17,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from tempfile import TemporaryDirectory
 from typing import Any
 
@@ -31,6 +32,7 @@ from raysegment.climate.checks import BadInput
 from raysegment.elastic.keeper import Keeper, newest
 from raysegment.elastic.ladder import Ladder
 from raysegment.elastic.light import Address, Host, Plan, dealt, facts_of
+from raysegment.elastic.paces import STEPS, Pace, find_stragglers
 from raysegment.elastic.roster import RosterActor
 from raysegment.elastic.settings import ElasticConfig, TrainConfig
 from raysegment.feed import placement
@@ -118,19 +120,21 @@ def _result(
 ) -> dict[str, Any]:
     return {
         "control": str(out), "members": config.sizes, "largest": plane.largest, "stopped": stopped, "load": load,
-        "costs": {name: control.summary(cost, plane.largest) for name, cost in plane.costs.items()},
+        "costs": {name: control.summary(cost) for name, cost in plane.costs.items()},
         "idle_share_at_largest": plane.idle_share(plane.largest),
         "most_at_steps_of_1_s": plane.most(1.0), "processes": about, "measured": plane.measured,
     }  # fmt: skip
 
 
 def lines(found: dict[str, Any]) -> list[list[Any]]:
-    """Rows of a table: cost, fixed, per member with its interval, with the largest number, the square's share there."""
-    return [
-        [cost["what"], _time(cost["fixed_s"]), f"{_time(cost['per_member_s'])} ({_time(cost['low'])} … {_time(cost['high'])})",
-         _time(cost["at_largest_s"]), f"{100 * cost['squared_share']:.0f} %"]
-        for cost in found["costs"].values()
-    ]  # fmt: skip
+    """Rows of a table: cost, fixed, per member with its interval, with so many members, the square's share there."""
+    return [_line(cost) for cost in found["costs"].values()]
+
+
+def _line(cost: dict[str, Any]) -> list[Any]:
+    each = f"{_time(cost['per_member_s'])} ({_time(cost['low'])} … {_time(cost['high'])})"
+    square = f"{100 * cost['squared_share']:.0f} % ({100 * cost['squared_share_low']:.0f} …)"
+    return [cost["what"], _time(cost["fixed_s"]), each, f"{_time(cost['at_largest_s'])} ({cost['largest']})", square]
 
 
 def _time(seconds: float) -> str:
@@ -157,19 +161,14 @@ def _add(rounds: Rounds, size: int, found: Sequence[dict[str, float]]) -> None:
 
 
 def _beyond(config: ControlConfig, hosts: Hosts, folder: Path, rounds: Rounds) -> tuple[int, str]:
-    """The largest number of members that worked, and what stopped a larger one."""
+    """The largest number of members that worked, and what stopped a larger one: doubled, at last half-way up."""
     largest = config.sizes[-1]
     if not config.beyond:
         return largest, "not tried (beyond=false)"
-    for factor in (2.0, 1.5):  # double it, then once half-way up
-        while True:
-            size = int(largest * factor)
-            if stopped := _stops(config, hosts, folder, rounds, size):
-                break
-            largest = size
-            if factor < 2:
-                break
-    return largest, stopped or f"not {2 * size // 3 * 2}"
+    while not (stopped := _stops(config, hosts, folder, rounds, 2 * largest)):
+        largest *= 2
+    half = _stops(config, hosts, folder, rounds, 3 * largest // 2)
+    return (largest, half) if half else (3 * largest // 2, stopped)
 
 
 def _stops(config: ControlConfig, hosts: Hosts, folder: Path, rounds: Rounds, size: int) -> str:
@@ -274,6 +273,23 @@ def _training(config: ControlConfig, size: int, folder: Path) -> TrainConfig:
     return TrainConfig(out=str(out), elastic=elastic, max_fruitless=1 << 40)
 
 
+@dataclass(frozen=True)
+class Usage:
+    """Seconds, of them the roster's processor's, and heartbeats that were sent: so far, or over a time."""
+
+    time_s: float
+    used_s: float
+    beats: int
+
+    def since(self, before: Usage) -> Usage:
+        return Usage(self.time_s - before.time_s, self.used_s - before.used_s, self.beats - before.beats)
+
+    @property
+    def share(self) -> float:
+        """Of a processor."""
+        return self.used_s / self.time_s
+
+
 @dataclass
 class Round:
     """One round of one number of members."""
@@ -303,47 +319,50 @@ class Round:
 
     def _join(self) -> None:
         who = dealt(range(self.size), self.config.processes, self.config.per_node, f"{self.number}.")
-        started, before = time.monotonic(), self._clock()
         self.hosts.call("beat", True)
+        before, started = self._clock(), time.monotonic()
         self.hosts.send(self.address, who)
         self._take("join", started, before, self.size)
 
-    def _take(self, name: str, started: float, before: tuple[float, float], size: int) -> None:
+    def _take(self, name: str, started: float, before: Usage, size: int) -> None:
         """Wait for the next generation; what it took."""
         self.generation, heard = self.hosts.await_generation(self.generation + 1, size)
-        self.found[f"{name}_s"], self.found[f"{name}_cpu_s"] = heard - started, self._clock()[1] - before[1]
+        self.found[f"{name}_s"], self.found[f"{name}_cpu_s"] = heard - started, self._clock().since(before).used_s
 
     def _watch(self) -> None:
         """The roster's processor: while members are silent, while they beat, while they do steps."""
         self.hosts.call("beat", False)
-        silent = self._usage(self.config.window_s)
+        silent = self._while(lambda: time.sleep(self.config.window_s))
         self.hosts.call("beat", True)
-        beating = self._usage(self.config.window_s)
-        before, first = self._clock(), self.logged
-        self.hosts.call("steps", first, first + _STEPS, time.monotonic() + 0.05, self.config.step_s)
-        self._wait(lambda: self._status()["logged"] >= first + _STEPS, "steps to be logged")
-        self._drain()
-        took_s, used_s = (now - then for now, then in zip(self._clock(), before, strict=True))
-        self.logged = first + _STEPS
-        self.found["look_cpu_s"] = silent * LOOK_S
-        self.found["beat_cpu_s"] = (beating - silent) * self.config.beat_s
-        self.found["step_cpu_s"] = (used_s - beating * took_s) / _STEPS
+        beating = self._while(lambda: time.sleep(self.config.window_s))
+        beat_s = max(0.0, beating.used_s - silent.share * beating.time_s) / max(1, beating.beats)
+        stepping = self._while(self._steps)
+        self.found["look_cpu_s"] = silent.share * LOOK_S
+        self.found["beat_cpu_s"] = beat_s * self.size
+        self.found["step_cpu_s"] = (stepping.used_s - silent.share * stepping.time_s - beat_s * stepping.beats) / _STEPS
 
-    def _usage(self, seconds: float) -> float:
-        """Processors that the roster takes, over so long."""
+    def _steps(self) -> None:
+        """So many steps, until the roster has heard of all."""
+        first, self.logged = self.logged, self.logged + _STEPS
+        self.hosts.call("steps", first, self.logged, time.monotonic() + 0.05, self.config.step_s)
+        self._wait(lambda: self._status()["logged"] >= self.logged, "steps to be logged")
         self._drain()
-        return self._used(seconds)
 
-    def _used(self, seconds: float) -> float:
+    def _while(self, what: Callable[[], None]) -> Usage:
+        """What the roster uses meanwhile, begun when it has heard everything."""
+        self._drain()
         before = self._clock()
-        time.sleep(seconds)
-        took_s, used_s = (now - then for now, then in zip(self._clock(), before, strict=True))
-        return used_s / took_s
+        what()
+        return self._clock().since(before)
 
     def _drain(self) -> None:
         """Until the roster has heard what was said; RuntimeError when it cannot follow."""
         deadline = time.monotonic() + self.config.limit_s
-        while self._used(_LOOK_CPU_S) > _CALM:
+        while True:
+            before = self._clock()
+            time.sleep(_LOOK_CPU_S)
+            if self._clock().since(before).share < _CALM:
+                return
             if time.monotonic() > deadline:
                 raise RuntimeError(f"the roster is busy with {self.size} members for more than {self.config.limit_s:g} s")
 
@@ -356,9 +375,9 @@ class Round:
         self.hosts.one(lost, "enter", self.address, {f"{self.number}.{lost:05d}+": facts_of(lost, self.config.per_node)})
         self._take("grow", started, before, self.size)
 
-    def _clock(self) -> tuple[float, float]:
-        """Monotonic seconds, and the processor's seconds that the roster has used."""
-        return ray.get(self.roster.clock.remote(), timeout=self.config.limit_s)
+    def _clock(self) -> Usage:
+        time_s, used_s = ray.get(self.roster.clock.remote(), timeout=self.config.limit_s)
+        return Usage(time_s, used_s, sum(self.hosts.call("beats")))
 
     def _status(self) -> dict[str, Any]:
         return ray.get(self.roster.status.remote(), timeout=self.config.limit_s)
@@ -375,14 +394,28 @@ class Round:
 
 
 def _planning(config: ControlConfig, rounds: Rounds) -> None:
-    """Shards are placed on the members' nodes, as the command `stage` and `train` would: nobody holds any yet."""
+    """Shards are placed on the members' nodes, none of which holds any yet; the roster looks for stragglers."""
     shards, sizes = [f"part-{number:05d}.arrow" for number in range(_SHARDS)], [1 << 30] * _SHARDS
     for size in config.sizes:
         nodes = [f"n{number}" for number in range(-(-size // config.per_node))]
+        steps = [{"load_s": 0.0, "compute_s": 1 + member / (10 * size), "micro_batches": 1} for member in range(size)]
+        paces = {f"{member}": _pace(step) for member, step in enumerate(steps)}
         for _ in range(config.rounds):
             started = time.perf_counter()
             placement.plan(placement.wanted(shards, nodes, 1), {node: frozenset() for node in nodes}, sizes)
-            rounds["placement_s"].append((size, time.perf_counter() - started))
+            placed = time.perf_counter()
+            found = list(find_stragglers(paces))
+            rounds["straggler_cpu_s"].append((size, time.perf_counter() - placed))
+            rounds["placement_s"].append((size, placed - started))
+            assert not found
+
+
+def _pace(step: dict[str, float]) -> Pace:
+    """A member's who has needed the same for as many steps as are remembered."""
+    pace = Pace()
+    for _ in range(STEPS):
+        pace.add(step)
+    return pace
 
 
 def _keeping(config: ControlConfig, rounds: Rounds) -> None:
@@ -395,7 +428,8 @@ def _keeping(config: ControlConfig, rounds: Rounds) -> None:
                 raise BadInput(folder, "a folder of memory", off, "Ask for fewer members, or state_kib=8.")
             state = {"weights": torch.zeros(config.state_kib << 8)}
             for number in range(config.rounds):
-                rounds["keep_s"].append((size, sum(keeper.keep(number, state, {"records": []}) for keeper in keepers)))
+                kept_s = [keeper.keep(number, state, {"records": []}) for keeper in keepers]
+                rounds["keep_s"].append((size, fmean(kept_s)))
                 started = time.perf_counter()
                 kept = newest(folder, f"run-{size}")
                 rounds["find_s"].append((size, time.perf_counter() - started))

@@ -8,10 +8,13 @@ A generation is formed from all who are ready as soon as nobody is missing who s
 of one of them, the source: a member of the generation before it, of those the one with most steps committed; without any,
 whoever brought most (from memory kept on its node, from a file). Everybody else whose state may differ is given the source's.
 Numbers of generations only grow.
+
+Whatever a member says costs the same however many there are; only what all must hear, or a meeting, costs once for each.
 """
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from statistics import median
@@ -65,13 +68,24 @@ class Assembly:
     _gone: dict[str, float] = field(default_factory=dict)  # let go while their processes live, since when
     _waits: str = ""
     _parted: set[str] = field(default_factory=set)  # members that have left the broken generation, back or not
+    _ranks: dict[str, int] = field(default_factory=dict)  # of `members`
+    _heard: OrderedDict[str, None] = field(default_factory=OrderedDict)  # seats, those that were not heard for longest first
+    _waiting: set[str] = field(default_factory=set)  # seats that are ready
+    _staying: set[str] = field(default_factory=set)  # of a broken generation: members that belong to the next one …
+    _unready: set[str] = field(default_factory=set)  # … and of them, those that it waits for
+    _absent: set[str] = field(default_factory=set)  # members that have not yet come to a new arbiter
+    _reported: float = 0.0  # when a member last said which step it has reached
     _resumed: float = 0.0
     _stopped: float = 0.0
     _appointed: bool = False  # whether this machine has ever appointed anybody
 
     def resume(self, generation: int, members: list[str], now: float) -> None:
         """Take up a generation that another arbiter appointed; its members have a moment to come back, then it is broken."""
-        self.generation, self.members, self.broken, self._resumed = generation, list(members), not members, now
+        self.generation, self.broken, self._resumed, self._absent = generation, not members, now, set(members)
+        self._enlist(members)
+
+    def _enlist(self, members: list[str]) -> None:
+        self.members, self._ranks = list(members), {uid: rank for rank, uid in enumerate(members)}
 
     # ------------------------------------------------------------ what members say
 
@@ -80,7 +94,13 @@ class Assembly:
         self._gone.pop(uid, None)
         seat = Seat(uid, facts, now, now, lineage=int(facts.get("generation", 0)))
         self.seats[uid] = seat
-        kept = bool(facts.get("holds")) and uid in self.members and seat.lineage == self.generation and not self.broken
+        self._absent.discard(uid)
+        self._waiting.discard(uid)
+        self._hear(uid, now)
+        if self.broken and uid in self._ranks and uid not in self._parted:
+            self._staying.add(uid)
+            self._unready.add(uid)
+        kept = bool(facts.get("holds")) and uid in self._ranks and seat.lineage == self.generation and not self.broken
         seat.marked = now
         self._send(uid, "welcome", logged=self.logged, generation=self.generation if kept else 0)
         if self.done:
@@ -92,8 +112,11 @@ class Assembly:
         """A connection is gone, or a member takes its leave."""
         if self.seats.pop(uid, None) is None:
             return
+        for group in (self._waiting, self._staying, self._unready):
+            group.discard(uid)
+        self._heard.pop(uid, None)
         if not self.done:
-            rank = self.members.index(uid) if uid in self.members else None
+            rank = self._ranks.get(uid)
             self._note("lost", member=uid, rank=rank, why=why)
             if rank is not None:
                 self._break(f"{uid}: {why}", now)
@@ -103,15 +126,23 @@ class Assembly:
     def beat(self, uid: str, now: float) -> None:
         """A sign of life of a member's process."""
         if uid in self.seats:
-            self.seats[uid].seen = now
+            self._hear(uid, now)
+
+    def _hear(self, uid: str, now: float) -> None:
+        self.seats[uid].seen = now
+        self._heard[uid] = None
+        self._heard.move_to_end(uid)
 
     def ready(self, uid: str, committed: int, origin: str, now: float) -> None:
         """A seat waits for a place in the next generation, with a state of so many steps."""
         seat = self.seats.get(uid)
         if seat is None:
             return
-        seat.ready, seat.committed, seat.origin, seat.seen, self._arrived = True, committed, origin, now, now
-        if uid in self.members:
+        seat.ready, seat.committed, seat.origin, self._arrived = True, committed, origin, now
+        self._waiting.add(uid)
+        self._unready.discard(uid)
+        self._hear(uid, now)
+        if uid in self._ranks:
             self._break(f"{uid} asks for a new generation", now)
         elif not self.broken:
             for member in self.members:
@@ -121,15 +152,16 @@ class Assembly:
     def reached(self, uid: str, generation: int, step: int, pace: Mapping[str, float], now: float) -> None:
         """A member has done its own part of a step and waits for the others; `pace` says what took its time."""
         seat = self.seats.get(uid)
-        if seat is None or generation != self.generation or uid not in self.members:
+        if seat is None or generation != self.generation or uid not in self._ranks:
             return
-        seat.mark, seat.marked, seat.seen = step, now, now
+        seat.mark, seat.marked, self._reported = step, now, now
+        self._hear(uid, now)
         if pace:
             seat.pace.add(pace)
 
     def is_current(self, uid: str, generation: int) -> bool:
         """Whether a member may still commit: it has a place in the generation it names, and that one is the newest."""
-        return generation == self.generation and uid in self.members and uid in self.seats
+        return generation == self.generation and uid in self._ranks and uid in self.seats
 
     # ------------------------------------------------------------ what the fleet says
 
@@ -156,10 +188,10 @@ class Assembly:
             return
         for uid, why in list(self._overdue(now)):
             self._let_go(uid, why, now)
-        missing = [uid for uid in self.members if uid not in self.seats]
-        if not self.broken and missing and now - self._resumed > self.ladder.meeting_s:
-            self._note("lost", member=missing[0], rank=self.members.index(missing[0]), why="did not come back to the new roster")
-            self._break(f"{missing[0]}: did not come back", now)
+        if not self.broken and self._absent and now - self._resumed > self.ladder.meeting_s:
+            missing = min(self._absent, key=self._ranks.__getitem__)
+            self._note("lost", member=missing, rank=self._ranks[missing], why="did not come back to the new roster")
+            self._break(f"{missing}: did not come back", now)
         for uid, since in list(self._gone.items()):
             if now - since > self.ladder.return_s:
                 del self._gone[uid]
@@ -177,7 +209,7 @@ class Assembly:
 
     def _name(self, found: Straggler, now: float) -> None:
         seat = self.seats[found.uid]
-        rank, node = self.members.index(found.uid), seat.facts.get("node")
+        rank, node = self._ranks[found.uid], seat.facts.get("node")
         shares = {"load_share": found.load_share, "compute_share": 1 - found.load_share}
         ejected = self.eject_stragglers and len(self.members) > self.least
         self._note(
@@ -189,35 +221,37 @@ class Assembly:
             self._send(found.uid, "replace")
 
     def _overdue(self, now: float) -> Iterator[tuple[str, str]]:
-        ladder = self.ladder
-        for uid, seat in self.seats.items():
-            if now - seat.seen > ladder.silence_s:
-                yield uid, f"silent for {now - seat.seen:.1f} s"
-        living = self._awaited()
+        for uid in self._heard:
+            silent_s = now - self.seats[uid].seen
+            if silent_s <= self.ladder.silence_s:
+                break  # and all that follow were heard later
+            yield uid, f"silent for {silent_s:.1f} s"
         if self.broken:
-            limit = ladder.meeting_s + 3 * self._usual_s()
-            for uid in living:
-                since = max(self._broken_at, self.seats[uid].entered)
-                if not self.seats[uid].ready and now - since > limit:
-                    yield uid, f"not at the meeting after {now - since:.1f} s"
-        else:
-            yield from self._late(living, now)
+            yield from self._missed(now)
+        elif now - self._reported > self.ladder.lateness_s:
+            yield from self._late(now)
 
-    def _late(self, living: list[str], now: float) -> Iterator[tuple[str, str]]:
+    def _missed(self, now: float) -> Iterator[tuple[str, str]]:
+        """Members that do not come to the meeting."""
+        if not self._unready or now - self._broken_at <= self.ladder.meeting_s:
+            return
+        limit = self.ladder.meeting_s + 3 * self._usual_s()
+        for uid in sorted(self._unready, key=self._ranks.__getitem__):
+            since = max(self._broken_at, self.seats[uid].entered)
+            if now - since > limit:
+                yield uid, f"not at the meeting after {now - since:.1f} s"
+
+    def _late(self, now: float) -> Iterator[tuple[str, str]]:
         """Members that all others have been waiting for too long."""
+        living = [uid for uid in self.members if uid in self.seats]
         newest = max((self.seats[uid].mark for uid in living), default=-1)
         late = [uid for uid in living if self.seats[uid].mark < newest]
-        there = [uid for uid in living if uid not in late]
-        if not late or not there:
+        if not late:
             return
-        since = max(self.seats[uid].marked for uid in there)  # all but the late ones wait since then
+        since = max(self.seats[uid].marked for uid in living if self.seats[uid].mark == newest)  # the others wait since then
         if now - since > max(self.ladder.lateness_s, 10 * self._usual_s()):
             for uid in late:
                 yield uid, f"{now - since:.1f} s late at step {newest}"
-
-    def _awaited(self) -> list[str]:
-        """Members of this generation that are still there, by rank; who has left it and is back comes as somebody new."""
-        return [uid for uid in self.members if uid in self.seats and uid not in self._parted]
 
     def _usual_s(self) -> float:
         """The usual seconds of a member's own part of a step, 0 as long as nobody has said."""
@@ -236,26 +270,26 @@ class Assembly:
         if self.broken:
             return
         self.broken, self._broken_at = True, now
+        # Who has left and is back comes as somebody new
+        self._staying = {uid for uid in self.members if uid in self.seats and uid not in self._parted}
+        self._unready = self._staying - self._waiting
         self._note("broken", generation=self.generation, why=why)
         for uid in self.members:
             self._send(uid, "broken", generation=self.generation)
 
     def _form(self, now: float) -> None:
         """The next generation, if the time has come."""
-        if self.done or not self.broken:
+        if self.done or not self.broken or self._unready:
             return
-        old = self._awaited()
-        if not all(self.seats[uid].ready for uid in old):
+        there = len(self._waiting)
+        if there < (1 if self.stopping else self.least):
+            if there or self._appointed:
+                self._say_waiting(there)
             return
-        waiting = sorted(uid for uid, seat in self.seats.items() if seat.ready)
-        if len(waiting) < (1 if self.stopping else self.least):
-            if waiting or self._appointed:
-                self._say_waiting(len(waiting))
-            return
-        fresh = not old and len(waiting) < self.most  # nobody is held up: a moment for those who start together
+        fresh = not self._staying and there < self.most  # nobody is held up: a moment for those who start together
         if fresh and self._arrived is not None and now - self._arrived < self.ladder.silence_s:
             return
-        self._appoint(old + [uid for uid in waiting if uid not in old])
+        self._appoint(sorted(self._staying, key=self._ranks.__getitem__) + sorted(self._waiting - self._staying))
 
     def _say_waiting(self, there: int) -> None:
         waits = f"{there} of at least {self.least} members are there"
@@ -266,9 +300,11 @@ class Assembly:
     def _appoint(self, order: list[str]) -> None:
         source, behind = self._source(order)
         self.generation, self._waits = self.generation + 1, ""
-        joined = [uid for uid in order if uid not in self.members]
-        self.members, self.broken, self._appointed = order, False, True
-        self._parted.clear()
+        joined = [uid for uid in order if uid not in self._ranks]
+        self._enlist(order)
+        self.broken, self._appointed = False, True
+        for group in (self._parted, self._waiting, self._staying, self._unready, self._absent):
+            group.clear()
         top = self.seats[source]
         who = {key: [self.seats[uid].facts.get(key) for uid in order] for key in ("node", "cell", "pid")}
         self._note(
@@ -276,25 +312,26 @@ class Assembly:
             brought_up=behind, joined=joined, repeated=max(0, self.logged - top.committed), **who,
         )  # fmt: skip
         nodes = [self.seats[uid].facts.get("node") for uid in order]
+        keepers = {node: rank for rank, node in reversed(list(enumerate(nodes)))}  # the first of each node
         common = {
             "generation": self.generation, "size": len(order), "committed": top.committed, "logged": self.logged,
-            "source": order.index(source), "behind": [order.index(uid) for uid in behind],
+            "source": self._ranks[source], "behind": [self._ranks[uid] for uid in behind],
             "store": self.seats[order[0]].facts.get("store"),
         }  # fmt: skip
         for rank, uid in enumerate(order):
             seat = self.seats[uid]
             seat.ready, seat.lineage, seat.mark, seat.marked = False, self.generation, -1, seat.seen
-            self._send(uid, "generation", rank=rank, keeps=nodes.index(nodes[rank]) == rank, **common)
+            self._send(uid, "generation", rank=rank, keeps=keepers[nodes[rank]] == rank, **common)
 
     def _source(self, order: list[str]) -> tuple[str, list[str]]:
         """Whose state counts, and whose may differ from it."""
         seats = [self.seats[uid] for uid in order]
         heirs = [seat for seat in seats if seat.origin == "generation" and seat.lineage == self.generation and self.generation]
         source = max(heirs or seats, key=lambda seat: seat.committed)
-        same = [seat for seat in heirs if seat.committed == source.committed]
+        same = {seat.uid for seat in heirs if seat.committed == source.committed}
         if not heirs and source.origin == "new":
-            same = seats  # everybody begins with the same weights
-        return source.uid, [seat.uid for seat in seats if seat is not source and seat not in same]
+            same = set(order)  # everybody begins with the same weights
+        return source.uid, [uid for uid in order if uid != source.uid and uid not in same]
 
     def _send(self, uid: str, op: str, **facts: Any) -> None:
         self.out.append((uid, {"op": op, **facts}))

@@ -142,6 +142,7 @@ class LightHost:
         self.members: dict[str, LightMember] = {}
         self._greeters = ThreadPoolExecutor(_GREETERS, "greet")
         self._beating: asyncio.Task[None] | None = None
+        self._sent = 0
 
     async def about(self) -> dict[str, Any]:
         """pid, MiB of memory at most so far, and whether torch has been imported."""
@@ -191,8 +192,13 @@ class LightHost:
             for number, member in enumerate(list(self.members.values())):
                 if number % _TURNS == turn:
                     member.beat()
+                    self._sent += 1
             turn = (turn + 1) % _TURNS
             await asyncio.sleep(self.beat_s / _TURNS)
+
+    async def beats(self) -> int:
+        """How many beats have been sent so far: fewer than wished where the machine is busy."""
+        return self._sent
 
     async def steps(self, first: int, last: int, begin: float, step_s: float) -> None:
         """Say what members say in the steps [first, last), one every `step_s` from the moment `begin` on."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections import deque
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -56,12 +57,24 @@ class Straggler:
 def find_stragglers(paces: Mapping[str, Pace]) -> Iterator[Straggler]:
     """Members more than `FACTOR` times slower per micro-batch than the median of the others; found ones are counted anew."""
     full = {uid: fmean(pace.load_s) + fmean(pace.compute_s) for uid, pace in paces.items() if pace.full}
+    ordered = sorted(full.values())
     for uid, seconds in full.items():
-        others = [value for other, value in full.items() if other != uid]
-        usual = median(others) if others else seconds
+        usual = _median_without(ordered, seconds)
         if usual > 0 and seconds > FACTOR * usual:
             yield _straggler(uid, paces[uid], seconds / usual, [paces[other] for other in full if other != uid])
             paces[uid].clear()
+
+
+def _median_without(ordered: list[float], value: float) -> float:
+    """Median of all but one value of an ordered list, which need not be gone through for it; the value where it is alone."""
+    rest, left_out = len(ordered) - 1, bisect_left(ordered, value)
+    if not rest:
+        return value
+
+    def at(place: int) -> float:
+        return ordered[place + (place >= left_out)]
+
+    return (at((rest - 1) // 2) + at(rest // 2)) / 2
 
 
 def _straggler(uid: str, pace: Pace, factor: float, others: list[Pace]) -> Straggler:

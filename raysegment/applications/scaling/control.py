@@ -12,12 +12,12 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import yaml
-from scipy.optimize import nnls
 
 from raysegment import config
 from raysegment.archive.files import committed
@@ -35,13 +35,14 @@ COSTS = {
     "beat_cpu_s": "roster's processor for one heartbeat of each member",
     "look_cpu_s": "roster's processor for one look at the clock",
     "step_cpu_s": "roster's processor for what all members say of one step",
+    "straggler_cpu_s": "roster's processor for one look for stragglers",
     "plan_s": "one member plans its share of the tiles anew (nobody plans for others)",
     "placement_s": "the command decides which node holds which shards",
-    "keep_s": "all nodes' keepers keep a state, one after the other",
-    "find_s": "one member looks for the newest state among all nodes'",
+    "keep_s": "one node's keeper keeps a state, so many keeping on one machine",
+    "find_s": "one member looks for the newest state among those that so many have kept on one machine",
 }
-LOOK_S = 0.05  # between a roster's looks at the clock (elastic.roster)
-_SEED, DRAWS = 0, 1000
+LOOK_S, STRAGGLERS_S = 0.05, 2.0  # between a roster's looks at the clock, and for stragglers (elastic.roster)
+_SEED, DRAWS = 0, 500
 _FEW = 3  # members with which elastic figures were measured: goodput.Faults holds what those cost
 _FULL = 0.95  # of a processor, at most
 
@@ -69,7 +70,7 @@ class Cost:
     @cached_property
     def terms(self) -> np.ndarray:
         """(fixed, per_member, per_square)."""
-        return _fit(self._design, np.array(self.seconds), self._scale)
+        return _fit(self._design, np.array(self.seconds)[None], self._scale)[0]
 
     @cached_property
     def draws(self) -> np.ndarray:
@@ -78,7 +79,7 @@ class Cost:
         free = max(1, len(fitted) - np.count_nonzero(self.terms))
         relative = (np.array(self.seconds) - fitted) / self._scale * math.sqrt(len(fitted) / free)
         chosen = np.random.default_rng(_SEED).integers(len(fitted), size=(DRAWS, len(fitted)))
-        return np.array([_fit(self._design, fitted + self._scale * relative[row], self._scale) for row in chosen])
+        return _fit(self._design, fitted + self._scale * relative[chosen], self._scale)
 
     def at(self, members: float) -> tuple[float, float, float]:
         """Seconds with so many members, and their 90 % interval."""
@@ -121,9 +122,21 @@ class Cost:
 
 
 def _fit(design: np.ndarray, seconds: np.ndarray, scale: np.ndarray) -> np.ndarray:
-    """Least squares of relative errors, terms of at least 0."""
+    """Least squares of relative errors, terms of at least 0, for each row of seconds: (rows, terms).
+
+    The best of all choices of terms that are 0 whose other terms are not negative, which is what scipy.optimize.nnls finds;
+    with three terms there are seven, each solved for all rows at once.
+    """
     units = np.abs(design).max(axis=0)  # squares of thousands beside ones
-    return nnls(design / scale[:, None] / units, seconds / scale)[0] / units
+    scaled, aims, terms = design / scale[:, None] / units, (seconds / scale).T, design.shape[1]
+    best, least = np.zeros((len(seconds), terms)), (aims**2).sum(axis=0)
+    for kept in (list(one) for count in range(1, terms + 1) for one in combinations(range(terms), count)):
+        found = np.linalg.pinv(scaled[:, kept]) @ aims
+        left = ((scaled[:, kept] @ found - aims) ** 2).sum(axis=0)
+        better = (found >= 0).all(axis=0) & (left < least)
+        least[better], best[better] = left[better], 0.0
+        best[np.ix_(better, kept)] = found[:, better].T
+    return best / units
 
 
 @dataclass(frozen=True)
@@ -140,9 +153,10 @@ class ControlPlane:
         return self.costs[name].growth(members) if name in self.costs else 0.0
 
     def idle_share(self, members: float, patience_s: float | None = None) -> float:
-        """Share of a processor that the roster takes while nothing happens: heartbeats and looks at the clock."""
+        """Share of a processor that the roster takes while nothing happens: heartbeats, looks at the clock, at paces."""
         beats_s = self._cpu_s("beat_cpu_s", members) / Ladder(patience_s or self.patience_s).beat_s
-        return beats_s + self._cpu_s("look_cpu_s", members) / LOOK_S
+        looks_s = self._cpu_s("look_cpu_s", members) / LOOK_S + self._cpu_s("straggler_cpu_s", members) / STRAGGLERS_S
+        return beats_s + looks_s
 
     def step_s(self, members: float) -> float:
         """Seconds of a step below which the roster cannot follow, since all that members say goes through it."""
@@ -179,10 +193,13 @@ class ControlPlane:
 # ---------------------------------------------------------------- files
 
 
-def summary(cost: Cost, largest: float) -> dict[str, Any]:
-    """A cost in numbers: fixed seconds, seconds per member at `largest` with their interval, the square's share there."""
+def summary(cost: Cost) -> dict[str, Any]:
+    """A cost in numbers: fixed seconds, those of one member more among the most it was measured with, and their interval; the
+    square's share there."""
+    largest = max(cost.members)
     slope, low, high = cost.slope(largest)
     return {
+        "largest": int(largest),
         "what": COSTS[cost.name], "fixed_s": float(cost.terms[0]), "per_member_s": slope, "low": low, "high": high,
         "at_largest_s": cost.at(largest)[0], "squared_share": cost.squared_share(largest)[0],
         "squared_share_low": cost.squared_share(largest)[1],
@@ -191,7 +208,7 @@ def summary(cost: Cost, largest: float) -> dict[str, Any]:
 
 def write(plane: ControlPlane, path: Path) -> None:
     """The measurement as YAML: every round, and what the fit makes of them."""
-    costs = {name: {**summary(cost, plane.largest), "rounds": [list(pair) for pair in cost.rounds]}
+    costs = {name: {**summary(cost), "rounds": [list(pair) for pair in cost.rounds]}
              for name, cost in plane.costs.items()}  # fmt: skip
     content = {"format": 1, "control": "measured", "measured": plane.measured, "largest": plane.largest,
                "patience_s": plane.patience_s, "costs": costs}  # fmt: skip
