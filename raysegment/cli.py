@@ -727,7 +727,7 @@ def _scale_options(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--precision", choices=MACHINE_PRECISIONS, help="default: as the system's largest point")
     sub.add_argument("--lag", type=int, default=0, help="steps that gradients are late, 0 or 1 (default: 0)")
     sub.add_argument("--control", type=Path, metavar="FILE", help="predict, plan: what `scale control` has measured")
-    sub.add_argument("--pictures", type=Path, metavar="DIR", help="check: draw scaling, shares and goodput into a folder")
+    sub.add_argument("--pictures", type=Path, metavar="DIR", help="check, control: draw into a folder")
     sub.add_argument("--epochs", type=float, help="plan: how many (default: as many as the global batch needs)")
     runs = "plan: figures of failures and saving from a training run's record (several times: of several runs)"
     sub.add_argument("--run", type=Path, action="append", metavar="DIR", help=runs)
@@ -753,7 +753,7 @@ def _scale_calibrate(options: argparse.Namespace, console: Console) -> tuple[dic
 def _scale_control(options: argparse.Namespace, console: Console) -> tuple[dict[str, Any], list[Table]]:
     settings = _configured(ControlConfig, None, options.options)
     with console.phase("control") as report:
-        result = scale_control(settings, options.out or Path("control.yaml"), report)
+        result = scale_control(settings, options.out or Path("control.yaml"), options.pictures, report)
     columns = ["what", "fixed", "for one member more (90 % interval)", "in all (with so many)", "of it by the square"]
     console.say(f"largest: {result['largest']} members; then {result['stopped']}")
     return result, [Table(f"measured: {result['control']}", columns, control_lines(result))]

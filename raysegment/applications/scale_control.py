@@ -28,6 +28,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from raysegment.applications.scaling import control
 from raysegment.applications.scaling.control import LOOK_S, ControlPlane
+from raysegment.applications.scaling.pictures import draw_control
 from raysegment.climate.checks import BadInput
 from raysegment.elastic.keeper import Keeper, newest
 from raysegment.elastic.ladder import Ladder
@@ -88,8 +89,13 @@ class ControlConfig:
         return found
 
 
-def scale_control(config: ControlConfig, out: Path, progress: Progress = lambda *_: None) -> dict[str, Any]:
-    """Measure, write the control plane into `out`; slopes with intervals, the largest number, what stopped a larger one."""
+def scale_control(
+    config: ControlConfig, out: Path, pictures: Path | None = None, progress: Progress = lambda *_: None
+) -> dict[str, Any]:
+    """Measure, write the control plane into `out`; slopes with intervals, the largest number, what stopped a larger one.
+
+    With `pictures`, a folder: the costs against the number of members.
+    """
     ensure_ray()
     rounds: Rounds = defaultdict(list)
     load, total = os.getloadavg()[0], len(config.sizes) + 1
@@ -112,7 +118,8 @@ def scale_control(config: ControlConfig, out: Path, progress: Progress = lambda 
         f"{datetime.date.today().isoformat()} on {os.cpu_count()} cores ({_processor()}), load {load:.1f} before",
     )  # fmt: skip
     control.write(plane, out)
-    return _result(config, plane, out, stopped, about, load)
+    drawn = draw_control(plane, pictures) if pictures is not None else []
+    return {**_result(config, plane, out, stopped, about, load), "pictures": drawn}
 
 
 def _result(

@@ -1,4 +1,5 @@
-"""Pictures of the model: weak and strong scaling with intervals and measured points, time shares, goodput against interval."""
+"""Pictures of the model: weak and strong scaling with intervals and measured points, time shares, goodput against interval,
+the control plane's cost against members."""
 
 from __future__ import annotations
 
@@ -9,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from raysegment.applications.scaling.control import ControlPlane, Cost
 from raysegment.applications.scaling.fit import Model
 from raysegment.applications.scaling.goodput import Faults, Job, best_interval_s, goodput, simulate
 from raysegment.applications.scaling.predict import Prediction, Query, complete, predict
@@ -91,6 +93,39 @@ def _goodput(job: Job, faults: Faults) -> Any:
     axes.set_xscale("log")
     axes.legend()
     return axes.figure
+
+
+# ---------------------------------------------------------------- the control plane
+
+_PANELS = (
+    ("until all know their places", ("join_s", "loss_s", "grow_s")),
+    ("the roster's processor", ("step_cpu_s", "beat_cpu_s", "straggler_cpu_s", "look_cpu_s")),
+)
+_FAR = 27360  # members, up to which costs are drawn
+
+
+def draw_control(plane: ControlPlane, folder: Path) -> list[str]:
+    """One picture of what a measured control plane costs: rounds, fits and their 90 % intervals, against members; its path."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 4.2), layout="constrained")
+    for axes, (title, names) in zip(figure.subplots(1, 2), _PANELS, strict=True):
+        axes.set(title=title, xlabel="members", ylabel="seconds", xscale="log", yscale="log")
+        axes.grid(alpha=0.3)
+        for name, colour in zip(names, _COLOURS, strict=False):
+            if name in plane.costs:
+                _cost(axes, plane.costs[name], colour)
+        axes.axvspan(plane.largest, _FAR, color="0.5", alpha=0.12, label="not measured")
+        axes.legend(fontsize=8)
+    return [_save(figure, folder / "scaling-control.png")]
+
+
+def _cost(axes: Any, cost: Cost, colour: str) -> None:
+    sizes = np.geomspace(min(cost.members), _FAR, 40)
+    middle, low, high = np.array([cost.at(float(size)) for size in sizes]).T
+    axes.fill_between(sizes, np.maximum(low, 1e-7), high, color=colour, alpha=0.25)
+    axes.plot(sizes, middle, color=colour, label=cost.name.removesuffix("_s"))
+    axes.plot(cost.members, cost.seconds, "o", color=colour, markersize=3)
 
 
 def _save(figure: Any, path: Path) -> str:

@@ -112,19 +112,17 @@ def _change(
         redone = HALF + new["repeated"]
         yield "redone_steps", redone
         yield "detection_s", max(0.0, gap_s - after_s - redone * before_s)
+        yield from (("back_s", back_s) for event in lost if (back_s := _back_s(history, event)) is not None)
     elif new["joined"]:
         yield "joining_s", max(0.0, gap_s - after_s)
-    for event in lost:
-        if (back := _back(history, event)) is not None:
-            yield "back_s", back - event["time"]
 
 
-def _back(history: History, lost: Line) -> float | None:
-    """When somebody of a lost member's cell had a place again."""
+def _back_s(history: History, lost: Line) -> float | None:
+    """Seconds until somebody of a lost member's cell had a place again."""
     cell = str(lost["member"]).partition(".")[0]
     for one in history.generations:
         if one["time"] > lost["time"] and cell in {str(uid).partition(".")[0] for uid in one["joined"]}:
-            return float(one["time"])
+            return float(one["time"] - lost["time"])
     return None
 
 
