@@ -65,6 +65,7 @@ from raysegment.applications.scale_calibrate import lines as calibrate_lines
 from raysegment.applications.scale_control import ControlConfig, scale_control
 from raysegment.applications.scale_control import lines as control_lines
 from raysegment.applications.scaling.control import read as read_control
+from raysegment.applications.scaling.fit import Model
 from raysegment.applications.scaling.goodput import Faults
 from raysegment.applications.scaling.machines import PRECISIONS as MACHINE_PRECISIONS
 from raysegment.applications.scaling.predict import Query
@@ -721,6 +722,7 @@ def _scale_options(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--out", type=Path, help="what is written (default: model.yaml, machine.yaml, control.yaml)")
     sub.add_argument("--model", type=Path, help="a model (default: model.yaml here, else what is known of the 2018 system)")
     sub.add_argument("--system", help="which system of the model's points")
+    sub.add_argument("--machine", help="predict, plan: the machine (name or file) of a --system that has no points")
     sub.add_argument("--gpus", type=int, help="how many GPUs")
     sub.add_argument("--local-batch", type=int, help="samples of a GPU in a step (default: as the system's largest point)")
     sub.add_argument("--network", help="default: as the system's largest point")
@@ -759,13 +761,13 @@ def _scale_control(options: argparse.Namespace, console: Console) -> tuple[dict[
     return result, [Table(f"measured: {result['control']}", columns, control_lines(result))]
 
 
-def _scale_plan(options: argparse.Namespace, query: Query) -> tuple[dict[str, Any], Table]:
+def _scale_plan(options: argparse.Namespace, model: Model, query: Query) -> tuple[dict[str, Any], Table]:
     """Figures of failures: the usual ones, or else those of runs' records, or else what is given."""
     runs = read_runs(options.run or [])
     told = {name: value for name, value in runs.values.items() if name != "checkpoint_s"}
     faults = config.load(Faults, config.apply_overrides(told, options.options), "command line")
     given = [word.partition("=")[0] for word in options.options] + ["checkpoint_s"] * (options.checkpoint_s is not None)
-    return scale_plan(model_of(options.model), query, options.epochs, faults, options.checkpoint_s, runs, given)
+    return scale_plan(model, query, options.epochs, faults, options.checkpoint_s, runs, given)
 
 
 def _scaled(options: argparse.Namespace, console: Console) -> tuple[dict[str, Any], list[Table]]:
@@ -786,10 +788,13 @@ def _scaled(options: argparse.Namespace, console: Console) -> tuple[dict[str, An
         options.local_batch, options.network, options.precision, options.lag,
         plane=read_control(options.control) if options.control else None,
     )  # fmt: skip
+    model = model_of(options.model)
+    if options.machine:
+        model = model.with_system(query.system, options.machine)
     if options.what == "predict":
-        result, shown = scale_predict(model_of(options.model), query)
+        result, shown = scale_predict(model, query)
     else:
-        result, shown = _scale_plan(options, query)
+        result, shown = _scale_plan(options, model, query)
     return result, [shown]
 
 

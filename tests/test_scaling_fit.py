@@ -158,3 +158,29 @@ def test_measured_rows_that_are_left_out_are_predicted() -> None:
     assert found["median"] <= 0.08
     assert found["worst"] <= 0.20
     assert found["inside"] >= 0.8
+
+
+def test_a_system_without_points_is_what_others_are_on_its_machine_and_says_so() -> None:
+    model = fit([Point("a", "juwels_booster", gpus, 2, 27.0 * gpus, "deepcam", "fp16") for gpus in (16, 128)])
+    asked = Query("new", 256, 2, "deepcam", "fp16")
+    with pytest.raises(BadInput, match="--machine"):
+        predict(model, asked)
+    there = predict(model.with_system("new", "juwels_booster"), asked)
+    known = predict(model, Query("a", 256, 2, "deepcam", "fp16"))
+    assert there.low < known.low < known.high < there.high
+    elsewhere = predict(model.with_system("new", "nowhere"), asked)
+    assert elsewhere.high / elsewhere.low > there.high / there.low
+    assert any("has no points" in warning for warning in there.warnings)
+    with pytest.raises(BadInput, match="--local-batch"):
+        predict(model.with_system("new", "nowhere"), Query("new", 256))
+    with pytest.raises(BadInput, match="juwels_booster"):
+        model.with_system("a", "summit")
+
+
+def test_a_point_without_a_machine_has_that_of_its_systems_name(tmp_path: Path) -> None:
+    path = tmp_path / "points.csv"
+    path.write_text("system,machine,gpus,local_batch,samples_per_s,network,precision\nsummit,,8,2,30,deepcam,fp16\nmine,,8,2,30,deepcam,fp16\n")
+    assert [(point.system, point.machine) for point in points.read(path)] == [("summit", "summit"), ("mine", "mine")]
+    warned = fit(points.read(path)).warnings
+    assert len(warned) == 1
+    assert "mine has no file" in warned[0]

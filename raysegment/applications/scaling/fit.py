@@ -12,7 +12,7 @@ from __future__ import annotations
 import difflib
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -73,6 +73,18 @@ class Model:
     machines: Mapping[str, Machine]
     z: Mapping[str, float]
     warnings: tuple[str, ...] = field(default=())
+    unmeasured: Mapping[str, str] = field(default_factory=dict)  # machines of systems without points
+
+    def with_system(self, system: str, machine: str) -> Model:
+        """The same model with one more system, on a machine (name or file), of which there are no points: what is its own
+        stays at its prior, what all systems share is as the points of the others have it. BadInput where it has points."""
+        if self.of(system):
+            has = f"the machine of its points, {self.machine_of(system).name}"
+            raise BadInput("--machine", "a system without points", f"{system}, that has {has}", "Leave --machine out.")
+        known = {**self.machines, machine: machines.find(machine)}
+        owners = {"system": system, "machine": known[machine].name}
+        own = (f"{key}@{owners[_owner(key)]}" for key in _own_keys() if _owner(key) in owners)
+        return replace(self, machines=known, z={**dict.fromkeys(own, 0.0), **self.z}, unmeasured={system: machine})
 
     @cached_property
     def names(self) -> tuple[str, ...]:
@@ -90,10 +102,11 @@ class Model:
 
     def machine_of(self, system: str) -> Machine:
         """The machine of a system that has points; BadInput suggests another name."""
-        known = {point.system: point.machine for point in self.points}
+        known = {**self.unmeasured, **{point.system: point.machine for point in self.points}}
         if system not in known:
             likely = [name for name in known if name.startswith(system)] or difflib.get_close_matches(system, known, 1, 0.3)
-            remedy = f"Did you mean {likely[0]}?" if likely else "Measure it: `raysegment scale calibrate`."
+            other = "Measure it (`raysegment scale calibrate`), or name its machine: --machine."
+            remedy = f"Did you mean {likely[0]}?" if likely else other
             raise BadInput("--system", f"one of {', '.join(sorted(known))}", system, remedy)
         return self.machines[known[system]]
 

@@ -70,6 +70,7 @@ def _point(path: Path, row: dict[str, str], number: int) -> Point:
     try:
         workload(row["network"].strip(), where)
         system, machine, network, precision = (row[name].strip() for name in ("system", "machine", "network", "precision"))
+        machine = machine or system  # a file of that name, or else typical numbers
         rate = float(row["samples_per_s"])
         return Point(system, machine, int(row["gpus"]), int(row["local_batch"]), rate, network, precision)
     except BadInput:

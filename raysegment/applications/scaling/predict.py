@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -11,6 +11,7 @@ import numpy as np
 from raysegment.applications.scaling.control import ControlPlane
 from raysegment.applications.scaling.fit import NOISE, Model
 from raysegment.applications.scaling.machines import PRECISIONS
+from raysegment.applications.scaling.points import Point
 from raysegment.applications.scaling.step import CAUSES, Where, times
 from raysegment.applications.scaling.workloads import workload
 from raysegment.climate.checks import BadInput
@@ -74,11 +75,21 @@ class Prediction:
 def complete(model: Model, query: Query) -> Query:
     """The query with what it leaves open taken from the system's largest point."""
     model.machine_of(query.system)
-    last = max(model.of(query.system), key=lambda point: point.gpus)
+    if not (mine := model.of(query.system)):
+        return _said(query)
+    last = max(mine, key=lambda point: point.gpus)
     return replace(
         query, local_batch=query.local_batch or last.local_batch, network=query.network or last.network,
         precision=query.precision or last.precision,
     )  # fmt: skip
+
+
+def _said(query: Query) -> Query:
+    """The query for a system without points, which must say everything."""
+    for option, value in (("--local-batch", query.local_batch), ("--network", query.network), ("--precision", query.precision)):
+        if value is None:
+            raise BadInput(option, f"a value, since {query.system} has no points", "nothing", f"Give {option}.")
+    return query
 
 
 def where(model: Model, query: Query) -> Where:
@@ -100,13 +111,7 @@ def predict(model: Model, query: Query, without: Collection[str] = ()) -> Predic
     found = {cause: np.broadcast_to(value, count) for cause, value in times(here, rates, without).items()}
     step = sum(found.values(), np.zeros(count))
     alone = sum(times(replace(here, gpus=1), rates, without).values(), np.zeros(count))
-    extra = 1 if not without else 0  # an ablation answers what its terms say, nothing else
-    noise = (
-        np.random.default_rng(1).standard_t(6, count)
-        / np.sqrt(1.5)
-        * np.linalg.norm([NOISE, MISFIT, beyond(model, query)])
-        * extra
-    )
+    noise = _missed(beyond(model, query), count) if not without else 0.0  # an ablation answers what its terms say
     rate = here.gpus * here.local_batch / step
     low, high = np.quantile(rate * np.exp(noise), (0.05, 0.95))
     bottom, efficiency, top = np.quantile(alone / step, (0.05, 0.5, 0.95))
@@ -119,10 +124,20 @@ def predict(model: Model, query: Query, without: Collection[str] = ()) -> Predic
     )  # fmt: skip
 
 
+def _missed(further: float, count: int) -> np.ndarray:
+    """Draws of what a measured throughput's logarithm differs by from the model's: noise and misfit where there are points,
+    and `further` beyond them, which four left-out points told: Student's t of four degrees."""
+    random = np.random.default_rng(1)
+    there = random.standard_t(6, count) / np.sqrt(1.5) * np.linalg.norm([NOISE, MISFIT])
+    return there + random.standard_t(4, count) * further
+
+
 def beyond(model: Model, query: Query) -> float:
     """Relative uncertainty for what lies outside the system's points: more GPUs, other batches, networks, precisions."""
     query = complete(model, query)
     mine, local_batch = model.of(query.system), query.local_batch or 1
+    if not mine:
+        return 0.0  # priors say what is not known
     further = max(0.0, np.log2(query.gpus / max(point.gpus for point in mine)))
     batches = min(abs(np.log2(local_batch / point.local_batch)) for point in mine)
     network = OTHER_NETWORK * (query.network not in {point.network for point in mine})
@@ -133,13 +148,24 @@ def beyond(model: Model, query: Query) -> float:
 def warnings(model: Model, query: Query) -> list[str]:
     """What a reader must know of a prediction beyond its interval."""
     mine, machine = model.of(query.system), model.machine_of(query.system)
-    largest = max(point.gpus for point in mine)
-    found = []
+    found = _outside(mine, query) if mine else [f"extrapolation: {query.system} has no points; it is what other systems are"]
+    if query.gpus > machine.gpus:
+        found.append(f"{machine.name} has {machine.gpus} GPUs")
+    if query.plane is not None:
+        found += query.plane.warnings(query.gpus)
+    if machine.generic:
+        found.append(f"machine {machine.name} has no file: its links and disks are typical ones")
+    if kept := model.at_prior(query.system):
+        found.append(f"too few points of {query.system} to tell: {', '.join(kept)}; they stay at their priors")
+    return found
+
+
+def _outside(mine: Sequence[Point], query: Query) -> list[str]:
+    """In what a query goes beyond a system's points."""
+    largest, found = max(point.gpus for point in mine), []
     if query.gpus > largest:
         more = f"{query.gpus / largest:.3g} times the most that {query.system} was measured on ({largest})"
         found.append(f"extrapolation: {query.gpus} GPUs are {more}; the interval is wider for it")
-    if query.gpus > machine.gpus:
-        found.append(f"{machine.name} has {machine.gpus} GPUs")
     for word, asked, known in (
         ("local batch", query.local_batch, {point.local_batch for point in mine}),
         ("network", query.network, {point.network for point in mine}),
@@ -147,10 +173,4 @@ def warnings(model: Model, query: Query) -> list[str]:
     ):
         if asked not in known:
             found.append(f"{word} {asked} of {query.system} was never measured (only {', '.join(map(str, sorted(known)))})")
-    if query.plane is not None:
-        found += query.plane.warnings(query.gpus)
-    if machine.generic:
-        found.append(f"machine {machine.name} has no file: its links and disks are typical ones")
-    if kept := model.at_prior(query.system):
-        found.append(f"too few points of {query.system} to tell: {', '.join(kept)}; they stay at their priors")
     return found
