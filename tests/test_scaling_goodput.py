@@ -99,6 +99,8 @@ def test_a_plan_adds_up_and_names_what_limits() -> None:
     assert found.hours_without_faults < found.hours
     shares = [found.lost[name] for name in found.limits]
     assert shares == sorted(shares, reverse=True)
+    assert found.staged_bytes == pytest.approx(121266 * 63.7e6)
+    assert found.staging_s == pytest.approx(found.staged_bytes / 400e9)  # the file system's; 32 nodes could take 3.2 TB/s
     large = plan(model, Query("a", 2048), None, FAULTS)
     assert large.limits[0] == "large_global_batch"
     assert any("no longer pays" in warning for warning in large.warnings)

@@ -113,7 +113,8 @@ def scale_plan(
         ["hours between failures", f"{found.mtbf_hours:.3g}"],
         ["seconds between checkpoint files", f"{found.checkpoint_interval_s:.0f}"],
         ["memory of a GPU, GiB (estimate)", f"{found.memory_gib:.1f}"],
-        ["reads from the shared file system, GB/s", f"{found.shared_read_bytes_per_s / 1e9:.2f}"],
+        ["reads from the shared file system: once, TB, in at least s; then, GB/s",
+         f"{found.staged_bytes / 1e12:.2f}, {found.staging_s:.0f}; {found.shared_read_bytes_per_s / 1e9:.2f}"],
         ["limits, in this order", ", ".join(f"{name} {100 * found.lost[name]:.1f} %" for name in found.limits)],
         *([name, f"{one['value']:.3g} ({one['source']})"] for name, one in figures.items()),
     ]

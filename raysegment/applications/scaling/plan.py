@@ -37,6 +37,8 @@ class Plan:
     mtbf_hours: float
     memory_gib: float
     shared_read_bytes_per_s: float
+    staged_bytes: float
+    staging_s: float
     limits: tuple[str, ...]
     lost: dict[str, float]
     warnings: tuple[str, ...]
@@ -67,6 +69,7 @@ def plan(model: Model, query: Query, epochs: float | None, faults: Faults, check
         speed, needed, pure / share, samples / speed.high / share / 3600, samples / speed.low / share / 3600, pure,
         pure / share_waiting, pure / share * query.gpus, share, share_waiting, interval_s, job.checkpoint_s,
         faults.mtbf_s(query.gpus) / 3600, memory_gib(here), shared_read(here, speed.step_s),
+        staged_bytes(here), staging_s(here),
         tuple(sorted((name for name in lost if lost[name] > _WORTH_NAMING), key=lambda name: -lost[name])), lost,
         (*speed.warnings, *_pays(model, query, here, curve), *_fits(here)),
     )  # fmt: skip
@@ -98,6 +101,17 @@ def memory_gib(here: Where) -> float:
 def shared_read(here: Where, step_s: float) -> float:
     """Bytes/s that all nodes together ask of the shared file system when training runs; 0 where nodes have disks."""
     return 0.0 if here.machine.disk_bytes_per_s else here.nodes * read_bytes(here) / step_s
+
+
+def staged_bytes(here: Where) -> float:
+    """Bytes that are read from the shared file system before training, or in its first epoch: each sample once in all."""
+    return here.workload.epoch_samples(here.gpus) * here.workload.sample_bytes
+
+
+def staging_s(here: Where) -> float:
+    """Seconds that this takes at least: at what the file system gives, or the nodes' links take. Not part of the hours."""
+    machine = here.machine
+    return staged_bytes(here) / min(machine.shared_bytes_per_s, here.nodes * machine.node_bytes_per_s)
 
 
 def _lost(model: Model, here: Where, speed: Prediction, share: float, curve: accuracy.Epochs) -> dict[str, float]:
