@@ -1,7 +1,7 @@
 """`scale control`: what roster, keepers and planning of streams cost, measured with more and more light members.
 
-The roster is training's own, in its actor, over its own wire; members are those of `elastic.light`. For each number of
-members and each round:
+The roster is training's own, over its own wire; members are those of `elastic.light`. For each number of members and each
+round (upwards and downwards in turn, so that a machine that gets busier does not look like a cost per member):
 
     all come  →  silence  →  heartbeats  →  steps  →  one is lost  →  one comes  →  all plan their tiles  →  all go
 """
@@ -34,7 +34,7 @@ from raysegment.elastic.keeper import Keeper, newest
 from raysegment.elastic.ladder import Ladder
 from raysegment.elastic.light import Address, Host, Plan, dealt, facts_of
 from raysegment.elastic.paces import STEPS, Pace, find_stragglers
-from raysegment.elastic.roster import RosterActor
+from raysegment.elastic.roster import Roster
 from raysegment.elastic.settings import ElasticConfig, TrainConfig
 from raysegment.feed import placement
 from raysegment.feed.session import ensure_ray
@@ -98,20 +98,22 @@ def scale_control(
     """
     ensure_ray()
     rounds: Rounds = defaultdict(list)
-    load, total = os.getloadavg()[0], len(config.sizes) + 1
+    order = [size for number in range(config.rounds) for size in config.sizes[:: -1 if number % 2 else 1]]
+    load, total = os.getloadavg()[0], len(order) + 1
     with TemporaryDirectory(prefix="raysegment-control-") as folder:
         hosts = Hosts(config)
         try:
-            for done, size in enumerate(config.sizes):
+            for done, size in enumerate(order):
                 progress(done, total, f"{size} members")
-                _add(rounds, size, hosts.rounds(size, config.rounds, Path(folder)))
+                _add(rounds, size, hosts.round(size, Path(folder)))
             progress(total - 1, total, "more members")
             largest, stopped = _beyond(config, hosts, Path(folder), rounds)
             about = hosts.about()
         finally:
             hosts.close()
-    _planning(config, rounds)
-    _keeping(config, rounds)
+    sizes = [*config.sizes, *(size for size in (2 * config.sizes[-1], 4 * config.sizes[-1]) if size <= largest)]
+    _planning(config, sizes, rounds)
+    _keeping(config, sizes, rounds)
     progress(total, total)
     plane = ControlPlane(
         {name: control.cost_of(name, rounds[name]) for name in control.COSTS if name in rounds}, largest, config.patience_s,
@@ -158,10 +160,9 @@ def _processor() -> str:
     return platform.processor()
 
 
-def _add(rounds: Rounds, size: int, found: Sequence[dict[str, float]]) -> None:
-    for one in found:
-        for name, seconds in one.items():
-            rounds[name].append((size, max(0.0, seconds)))
+def _add(rounds: Rounds, size: int, found: dict[str, float]) -> None:
+    for name, seconds in found.items():
+        rounds[name].append((size, max(0.0, seconds)))
 
 
 # ---------------------------------------------------------------- as many as run here
@@ -184,7 +185,7 @@ def _stops(config: ControlConfig, hosts: Hosts, folder: Path, rounds: Rounds, si
         return f"{size} members: {free:.1f} GiB of memory are left"
     started = time.monotonic()
     try:
-        found = hosts.rounds(size, 1, folder)
+        found = hosts.round(size, folder)
     except (RuntimeError, RayError, OSError) as error:
         hosts.restart()
         return f"{size} members: {_cause(error)}"
@@ -209,8 +210,33 @@ def _free_gib() -> float:
 # ---------------------------------------------------------------- members and their roster
 
 
+class _RosterHost:
+    """Rosters, one after the other, in one process: what `elastic.roster.RosterActor` is for one of them, and a clock."""
+
+    async def open(self, config: TrainConfig) -> Any:
+        """A new one's address."""
+        self.roster = Roster(config, ray.util.get_node_ip_address())
+        return await self.roster.start()
+
+    async def close(self) -> None:
+        """It ends."""
+        self.roster.assembly.finish()
+        self.roster.close()
+
+    async def status(self) -> dict[str, Any]:
+        """See `Roster.status`."""
+        return self.roster.status()
+
+    async def clock(self) -> tuple[float, float]:
+        """Monotonic seconds, and seconds that this process has used of processors."""
+        return time.monotonic(), time.process_time()
+
+
+RosterHost: Any = ray.remote(num_cpus=0, max_restarts=0, max_concurrency=100)(_RosterHost)  # pyright: ignore[reportCallIssue]
+
+
 class Hosts:
-    """The actors that hold light members."""
+    """The actors that hold light members, and the one that holds their roster."""
 
     def __init__(self, config: ControlConfig):
         self.config = config
@@ -223,6 +249,7 @@ class Hosts:
         started = time.monotonic()
         beat_ladder = self.config.patience_s, self.config.beat_s
         self._hosts = [Host.options(scheduling_strategy=self._here).remote(*beat_ladder) for _ in range(self.config.processes)]
+        self.roster = RosterHost.options(scheduling_strategy=self._here).remote()
         self._told = ray.get([host.about.remote() for host in self._hosts], timeout=self.config.limit_s * 2)
         self.start_s = time.monotonic() - started
 
@@ -238,7 +265,7 @@ class Hosts:
         self._start()
 
     def close(self) -> None:
-        for host in self._hosts:
+        for host in (*self._hosts, self.roster):
             ray.kill(host)
         self._hosts = []
 
@@ -247,15 +274,13 @@ class Hosts:
         calls = [getattr(host, method).remote(*arguments) for host in self._hosts]
         return ray.get(calls, timeout=timeout_s or 2 * self.config.limit_s)
 
-    def rounds(self, size: int, count: int, folder: Path) -> list[dict[str, float]]:
-        """The costs of each of `count` rounds with so many members and one roster."""
-        roster = RosterActor.options(scheduling_strategy=self._here).remote(_training(self.config, size, folder))  # pyright: ignore[reportAttributeAccessIssue]
+    def round(self, size: int, folder: Path) -> dict[str, float]:
+        """The costs of one round with so many members and a roster of their own."""
+        address: Any = ray.get(self.roster.open.remote(_training(self.config, size, folder)), timeout=self.config.limit_s)
         try:
-            found: Any = ray.get(roster.address.remote(), timeout=self.config.limit_s)
-            address = Address(found.host, found.port, found.token)
-            return [Round(self, roster, address, size, number).run() for number in range(count)]
+            return Round(self, self.roster, Address(address.host, address.port, address.token), size).run()
         finally:
-            ray.kill(roster)
+            ray.get(self.roster.close.remote(), timeout=self.config.limit_s)
 
     def send(self, address: Address, who: Sequence[dict[str, dict[str, Any]]]) -> None:
         """Members come, each into its process."""
@@ -305,7 +330,6 @@ class Round:
     roster: Any
     address: Address
     size: int
-    number: int
 
     def __post_init__(self) -> None:
         self.config, self.found = self.hosts.config, dict[str, float]()
@@ -325,7 +349,7 @@ class Round:
         return self.found
 
     def _join(self) -> None:
-        who = dealt(range(self.size), self.config.processes, self.config.per_node, f"{self.number}.")
+        who = dealt(range(self.size), self.config.processes, self.config.per_node)
         self.hosts.call("beat", True)
         before, started = self._clock(), time.monotonic()
         self.hosts.send(self.address, who)
@@ -374,12 +398,12 @@ class Round:
                 raise RuntimeError(f"the roster is busy with {self.size} members for more than {self.config.limit_s:g} s")
 
     def _lose_and_grow(self) -> None:
-        lost = (self.number * 7919 + self.size // 2) % self.size
+        lost = self.size // 2
         before = self._clock()
-        at = self.hosts.one(lost, "lose", f"{self.number}.{lost:05d}")
+        at = self.hosts.one(lost, "lose", f"{lost:05d}")
         self._take("loss", at, before, self.size - 1)
         before, started = self._clock(), time.monotonic()
-        self.hosts.one(lost, "enter", self.address, {f"{self.number}.{lost:05d}+": facts_of(lost, self.config.per_node)})
+        self.hosts.one(lost, "enter", self.address, {f"{lost:05d}+": facts_of(lost, self.config.per_node)})
         self._take("grow", started, before, self.size)
 
     def _clock(self) -> Usage:
@@ -400,16 +424,16 @@ class Round:
 # ---------------------------------------------------------------- planning, keeping
 
 
-def _planning(config: ControlConfig, rounds: Rounds) -> None:
+def _planning(config: ControlConfig, sizes: Sequence[int], rounds: Rounds) -> None:
     """Shards are placed on the members' nodes, none of which holds any yet; the roster looks for stragglers."""
-    shards, sizes = [f"part-{number:05d}.arrow" for number in range(_SHARDS)], [1 << 30] * _SHARDS
-    for size in config.sizes:
+    shards, each = [f"part-{number:05d}.arrow" for number in range(_SHARDS)], [1 << 30] * _SHARDS
+    for size in sizes:
         nodes = [f"n{number}" for number in range(-(-size // config.per_node))]
         steps = [{"load_s": 0.0, "compute_s": 1 + member / (10 * size), "micro_batches": 1} for member in range(size)]
         paces = {f"{member}": _pace(step) for member, step in enumerate(steps)}
         for _ in range(config.rounds):
             started = time.perf_counter()
-            placement.plan(placement.wanted(shards, nodes, 1), {node: frozenset() for node in nodes}, sizes)
+            placement.plan(placement.wanted(shards, nodes, 1), {node: frozenset() for node in nodes}, each)
             placed = time.perf_counter()
             found = list(find_stragglers(paces))
             rounds["straggler_cpu_s"].append((size, time.perf_counter() - placed))
@@ -425,11 +449,11 @@ def _pace(step: dict[str, float]) -> Pace:
     return pace
 
 
-def _keeping(config: ControlConfig, rounds: Rounds) -> None:
+def _keeping(config: ControlConfig, sizes: Sequence[int], rounds: Rounds) -> None:
     """A keeper for each member's node; all keep one after the other, then one looks for the newest of what is kept."""
     memory = Path("/dev/shm")
     with TemporaryDirectory(prefix="raysegment-control-", dir=memory if memory.is_dir() else None) as folder:
-        for size in config.sizes:
+        for size in sizes:
             keepers = [Keeper(folder, f"run-{size}", f"n{number}") for number in range(size)]
             if off := next((keeper.off for keeper in keepers if keeper.off), ""):
                 raise BadInput(folder, "a folder of memory", off, "Ask for fewer members, or state_kib=8.")

@@ -220,9 +220,9 @@ def facts_of(number: int, per_node: int) -> dict[str, Any]:
     return {"node": f"n{number // per_node}", "cell": number // per_node, "worker": number % per_node}
 
 
-def dealt(numbers: Iterable[int], hosts: int, per_node: int, prefix: str = "") -> list[dict[str, dict[str, Any]]]:
-    """Members (uid, of a prefix and a number: facts) for each of so many processes, in turn."""
+def dealt(numbers: Iterable[int], hosts: int, per_node: int) -> list[dict[str, dict[str, Any]]]:
+    """Members (uid, five figures: facts) for each of so many processes, in turn."""
     found: list[dict[str, dict[str, Any]]] = [{} for _ in range(hosts)]
     for number in numbers:
-        found[number % hosts][f"{prefix}{number:05d}"] = facts_of(number, per_node)
+        found[number % hosts][f"{number:05d}"] = facts_of(number, per_node)
     return found

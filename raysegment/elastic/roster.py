@@ -112,6 +112,21 @@ class Roster:
         self.assembly.stop(why, time.monotonic())
         self._deliver()
 
+    def status(self) -> dict[str, Any]:
+        """generation, members (uid, node, pid, rank), steps logged, whether it is over and why."""
+        assembly = self.assembly
+        members = [{"uid": uid, **assembly.seats[uid].facts} for uid in assembly.members if uid in assembly.seats]
+        return {
+            "pid": os.getpid(), "generation": assembly.generation, "broken": assembly.broken, "members": members,
+            "seats": list(assembly.seats), "logged": assembly.logged, "done": assembly.done, "stopping": assembly.stopping,
+            "gave_up": self.gave_up,
+        }  # fmt: skip
+
+    def close(self) -> None:
+        """The log is on the disk and the run's lock free."""
+        self.log.close()
+        self.lock.release()
+
     # ------------------------------------------------------------ connections
 
     async def _client(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -343,18 +358,8 @@ class RosterActor:
         return os.getpid(), self.roster.news[since:]
 
     async def status(self) -> dict[str, Any]:
-        """generation, members (uid, node, pid, rank), steps logged, whether it is over and why."""
-        assembly = self.roster.assembly
-        members = [{"uid": uid, **assembly.seats[uid].facts} for uid in assembly.members if uid in assembly.seats]
-        return {
-            "pid": os.getpid(), "generation": assembly.generation, "broken": assembly.broken, "members": members,
-            "seats": list(assembly.seats), "logged": assembly.logged, "done": assembly.done, "stopping": assembly.stopping,
-            "gave_up": self.roster.gave_up,
-        }  # fmt: skip
-
-    async def clock(self) -> tuple[float, float]:
-        """Monotonic seconds, and seconds that this process has used of processors."""
-        return time.monotonic(), time.process_time()
+        """See `Roster.status`."""
+        return self.roster.status()
 
     async def stop(self, why: str) -> None:
         """Have everybody commit and end."""
@@ -362,5 +367,4 @@ class RosterActor:
 
     async def close(self) -> None:
         """The log is on the disk and the run's lock free."""
-        self.roster.log.close()
-        self.roster.lock.release()
+        self.roster.close()

@@ -92,7 +92,8 @@ class Cost:
         """What one more member costs when there are so many, and its 90 % interval."""
         powers = np.array([0.0, 1.0, 2 * members])
         low, high = np.quantile(self.draws @ powers, (0.05, 0.95))
-        return float(self.terms @ powers), float(low), float(high)
+        middle = float(self.terms @ powers)
+        return middle, min(middle, float(low)), max(middle, float(high))
 
     def squared_share(self, members: float) -> tuple[float, float, float]:
         """Share of the square in the seconds with so many members, and its 90 % interval: 0 where growth is linear."""
