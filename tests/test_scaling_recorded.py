@@ -12,8 +12,12 @@ from raysegment.applications.scaling import recorded
 from raysegment.applications.scaling.goodput import Faults
 from raysegment.applications.scaling.recorded import History
 from raysegment.cli import BAD_INPUT, main
+from raysegment.elastic.runs import read_lines
+from raysegment.elastic.settings import ElasticConfig
 from raysegment.elastic.train import train
+from raysegment.feed.stream import FeedConfig
 from tests.small_training import config, write_shards
+from tests.training_members import TrainingFleet
 
 STEP_S, STALL_S = 2.0, 0.05
 
@@ -123,6 +127,28 @@ def test_a_plan_takes_figures_from_a_run_unless_they_are_given(tmp_path: Path, c
     assert given["figures"]["all_back_s"] == {"value": 5.0, "source": "given"}
     assert given["checkpoint_s"] == 1.5
     assert given["figures"]["checkpoint_s"]["source"] == "given"
+
+
+@pytest.mark.slow
+def test_the_record_of_members_that_die_and_come(tmp_path: Path) -> None:
+    """Real members and their roster, without Ray: one of three is killed, later one joins."""
+    shards = write_shards(tmp_path / "shards")
+    changes = dict(elastic=ElasticConfig((1, 3), 1, patience_s=1.0), feed=FeedConfig(kind="direct"), steps=40)
+    fleet = TrainingFleet(config(shards, tmp_path / "run", **changes))
+    try:
+        fleet.add(3)
+        fleet.wait(lambda: any(len(event["members"]) == 3 for event in fleet.events("generation")))
+        fleet.wait(lambda: fleet.steps() >= 4)
+        fleet.kill(fleet.living[1])
+        fleet.wait(lambda: read_lines(fleet.run.steps)[0][-1]["generation"] == fleet.events("generation")[-1]["generation"] > 1)
+        fleet.add(1)
+        fleet.wait()
+    finally:
+        fleet.end()
+    found = recorded.read([History(fleet.run.read_events(), read_lines(fleet.run.steps)[0])])
+    assert {"detection_s", "redone_steps", "capture_share", "checkpoint_s", "per_gpu_hour"} <= set(found.values)
+    assert all(0 <= value < 60 for value in found.values.values())
+    assert found.source("per_gpu_hour").startswith("run: 1 failures")  # nobody told the run that it was on purpose
 
 
 @pytest.mark.slow
