@@ -27,7 +27,8 @@ from raysegment.applications.bench_exchange import lines as exchange_lines
 from raysegment.applications.bench_feed import FeedBenchConfig, bench_feed
 from raysegment.applications.bench_feed import lines as feed_lines
 from raysegment.applications.bench_step import AGAINST, StepConfig, bench_step, profile
-from raysegment.applications.campaign import CampaignConfig, run_campaign
+from raysegment.applications.campaign.engine import run_campaign
+from raysegment.applications.campaign.space import load_campaign
 from raysegment.applications.chaos import ChaosConfig, chaos
 from raysegment.applications.chaos import lines as chaos_lines
 from raysegment.applications.cluster.dashboards import DashboardOptions, write_dashboards
@@ -326,13 +327,15 @@ def _counts(text: str) -> dict[str, int]:
 
 def _tune_options(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("campaign", type=Path, help="a campaign file, e.g. tune/learning_rate.yaml")
-    sub.add_argument("options", nargs="*", metavar="key=value", help="override keys of the campaign")
+    sub.add_argument("options", nargs="*", metavar="key=value", help="override keys of the campaign, e.g. scale=cluster")
+    sub.add_argument("--extend", action="store_true", help="add trials, values or wider ranges to a campaign that has begun")
 
 
 def _tune(options: argparse.Namespace, console: Console) -> dict[str, Any]:
-    settings = _configured(CampaignConfig, options.campaign, options.options)
-    with console.phase("tune") as report:
-        result = run_campaign(settings, report)
+    settings = load_campaign(options.campaign, options.options)
+    with console.phase("tune"):
+        result = run_campaign(settings, console, options.extend)
+    print(f"best {result['best']['config']}: {result['metric']} {result['value']:.4g}; {result['report']}")
     return result
 
 
