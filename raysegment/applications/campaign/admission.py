@@ -8,7 +8,7 @@ pause trials, is what they reserve: so much memory that exactly `at_once` of the
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from raysegment.climate.checks import BadInput
@@ -90,7 +90,8 @@ def driver_bytes(memories: Sequence[float], at_once: int) -> int:
 
 def _too_large(demand: Demand, nodes: Sequence[Node]) -> BadInput:
     """What would fit, said."""
-    most = max((k for k in range(1, demand.workers) if Demand(k, demand.cpus, demand.gpus, 1, demand.together).fit(nodes)), default=0)
+    fewer = (replace(demand, workers=k, cells=1) for k in range(demand.workers - 1, 0, -1))
+    most = next((each.workers for each in fewer if each.fit(nodes)), 0)
     total = Node(*(sum(getattr(node, kind) for node in nodes) for kind in ("cpus", "gpus", "memory")))
     share = int(100 * total.cpus / (demand.workers * demand.cells)) / 100
     fits = f"{most} workers of {demand.cpus:g} CPU fit" if most else "not one such worker fits"

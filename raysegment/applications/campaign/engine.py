@@ -57,6 +57,8 @@ from raysegment.elastic.train import use_gpu
 from raysegment.feed.session import ensure_ray
 from raysegment.feed.stage import StageConfig, stage
 
+More = Callable[[], Record | None]  # the next trial, made; None: no more
+
 _RETRIES = 3  # a trial's driver that dies is started again so often
 
 
@@ -193,7 +195,7 @@ def _work(config: CampaignConfig, journal: Journal, trials: Trials, console: Con
             _close_phase(config, journal, trials, phase)
 
 
-def _search(config: CampaignConfig, journal: Journal, trials: Trials) -> Callable[[], Record | None]:
+def _search(config: CampaignConfig, journal: Journal, trials: Trials) -> More:
     """One new trial after the other, until there are as many as asked for, or the time is over."""
     started, spent = time.monotonic(), journal.seconds
 
@@ -208,19 +210,19 @@ def _search(config: CampaignConfig, journal: Journal, trials: Trials) -> Callabl
     return more
 
 
-def _confirm(config: CampaignConfig, journal: Journal, trials: Trials) -> Callable[[], Record | None]:
+def _confirm(config: CampaignConfig, journal: Journal, trials: Trials) -> More:
     """The best few, each with further seeds."""
     best = top(rows_of(config, journal, trials, SEARCH))
     wanted = [(row.point, row.seed + k) for k in range(1, config.confirm_seeds + 1) for row in best]
     return _each(journal, CONFIRM, wanted)
 
 
-def _rest(config: CampaignConfig, journal: Journal, trials: Trials) -> Callable[[], Record | None]:
+def _rest(config: CampaignConfig, journal: Journal, trials: Trials) -> More:
     """Those that were stopped early, to their end; they go on where they are."""
     return _each(journal, REST, [(record.point, record.seed) for record in journal.of(SEARCH) if record.status == STOPPED])
 
 
-def _each(journal: Journal, phase: str, wanted: Sequence[tuple[dict[str, Any], int | None]]) -> Callable[[], Record | None]:
+def _each(journal: Journal, phase: str, wanted: Sequence[tuple[dict[str, Any], int | None]]) -> More:
     have = [(record.point, record.seed) for record in journal.of(phase)]
     new = [each for each in wanted if each not in have]
 
@@ -239,7 +241,7 @@ def _propose(journal: Journal, phase: str, number: int, point: dict[str, Any], s
     return journal.records[trial]
 
 
-def _run_phase(config: CampaignConfig, journal: Journal, phase: str, more: Callable[[], Record | None], room: Admission) -> None:
+def _run_phase(config: CampaignConfig, journal: Journal, phase: str, more: More, room: Admission) -> None:
     """A Tune experiment with the phase's waiting trials and then new ones; each trial ends in the journal."""
     scheduler = config.scheduler if phase == SEARCH else "fifo"
     waiting = [record for record in journal.of(phase) if not record.status or scheduler == "hyperband"]
@@ -261,7 +263,7 @@ def _run_phase(config: CampaignConfig, journal: Journal, phase: str, more: Calla
 
 
 def _tune_config(
-    config: CampaignConfig, journal: Journal, scheduler: str, waiting: list[Record], more: Callable[[], Record | None], room: Admission
+    config: CampaignConfig, journal: Journal, scheduler: str, waiting: list[Record], more: More, room: Admission
 ) -> tune.TuneConfig:
     known = make_scheduler(config, journal, scheduler)
     if scheduler == "pbt":
@@ -273,7 +275,7 @@ def _tune_config(
     )  # fmt: skip
 
 
-def _param_space(scheduler: str, waiting: list[Record], more: Callable[[], Record | None]) -> dict[str, Any]:
+def _param_space(scheduler: str, waiting: list[Record], more: More) -> dict[str, Any]:
     """A population exists from the start, and Tune takes no searcher beside it."""
     if scheduler != "pbt":
         return {}
@@ -284,8 +286,8 @@ def _param_space(scheduler: str, waiting: list[Record], more: Callable[[], Recor
     return {"param_space": {"trial": tune.grid_search(list(points)), **values}}
 
 
-def _of_population(points: dict[str, dict[str, Any]], key: str, spec: Any) -> Any:
-    return points[spec.config.trial][key]
+def _of_population(points: dict[str, dict[str, Any]], key: str, config: dict[str, Any]) -> Any:
+    return points[config["trial"]][key]
 
 
 def _mark_resumed(config: CampaignConfig, journal: Journal, waiting: Sequence[Record]) -> None:
@@ -324,7 +326,7 @@ def _publish(config: CampaignConfig, journal: Journal, trials: Trials) -> dict[s
         raise RuntimeError(f"{out}: no trial finished; see {out / 'results.csv'} and the folders in {out / 'trials'}")
     pictures = draw_all(out, config, journal, search)
     spread, saved = confirmed(config, search, again), saving(config, search, rest)
-    text = report(config, search, spread, saved, importances(config, journal), journal.seconds, again, pictures)
+    text = report(config, search, rest, again, spread, saved, importances(config, journal), journal.seconds, pictures)
     with committed(out / "report.md") as temporary:
         temporary.write_text(text)
     log_to_mlflow(out, config, journal)

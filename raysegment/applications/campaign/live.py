@@ -53,7 +53,8 @@ class Screen:
         records = list(self.journal.records.values())
         ended = sum(bool(record.status) for record in records)
         table = Table(title=f"{self.config.question or self.config.out}  {ended} of {len(records)} ended", title_justify="left")
-        for name in ("trial", *(key.rsplit(".", 1)[-1] for key in self.config.search), "step", self.config.metric, "loss", "IoU", "state"):
+        keys = (key.rsplit(".", 1)[-1] for key in self.config.search)
+        for name in ("trial", *keys, "step", self.config.metric, "loss", "IoU", "state"):
             table.add_column(name, justify="right")
         for record in records[-_SHOWN:]:
             table.add_row(*_cells(self.config, record))
@@ -69,12 +70,17 @@ class Lines:
     def hear(self, line: Mapping[str, Any]) -> None:
         if line["event"] in ("added", "resumed", "ended"):
             record = self.journal.records[line["trial"]]
-            name, *cells = _cells(self.config, record)
             point = ", ".join(f"{key.rsplit('.', 1)[-1]} {short(value)}" for key, value in record.point.items())
-            step, value, _, iou, state = cells[-5:]
-            what = {"added": "begins", "resumed": f"goes on from step {line.get('step')}"}.get(line["event"], f"{state} at step {step}")
-            judged = f", {self.config.metric} {value}, IoU {iou}" if line["event"] == "ended" else ""
-            self.console.say(f"  {name} ({point}): {what}{judged}{': ' + record.reason if record.reason else ''}")
+            self.console.say(f"  {record.trial} ({point}): {self._what(line, record)}")
+
+    def _what(self, line: Mapping[str, Any], record: Record) -> str:
+        if line["event"] == "added":
+            return "begins"
+        if line["event"] == "resumed":
+            return f"goes on from step {line['step']}"
+        step, value, _, iou, state = _cells(self.config, record)[-5:]
+        reason = f": {record.reason}" if record.reason else ""
+        return f"{state} at step {step}, {self.config.metric} {value}{', IoU ' + iou if iou else ''}{reason}"
 
 
 def _cells(config: CampaignConfig, record: Record) -> list[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from raysegment.applications.campaign.proposals import make_study, make_trial
 from raysegment.applications.campaign.results import Row
 from raysegment.applications.campaign.space import CampaignConfig
 from raysegment.archive.files import committed
+from raysegment.climate.channels import NAMES
 from raysegment.elastic.runs import read_lines
 
 _COLOURS = {FINISHED: "#0b62a4", STOPPED: "#c8a24a"}
@@ -126,7 +127,16 @@ def smooth(values: list[float], width: int) -> list[float]:
 
 
 def short(value: Any) -> str:
-    """A value in a table or legend."""
+    """A value in a table or legend: most of the channels by those that are missing, a group by its values."""
+    if isinstance(value, Mapping):
+        return " ".join(short(item) for item in value.values())
     if isinstance(value, list | tuple):
-        return "+".join(map(short, value)) if len(value) <= 4 else f"{len(value)} values"
+        return _short_list(value)
     return "" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _short_list(values: Sequence[Any]) -> str:
+    missing = [name for name in NAMES if name not in values]
+    if len(values) > len(NAMES) // 2 and set(values) <= set(NAMES):
+        return f"all but {' '.join(missing)}" if missing else f"all {len(NAMES)}"
+    return "+".join(map(short, values))

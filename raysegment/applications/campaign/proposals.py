@@ -21,8 +21,9 @@ _BY_CHANCE = 8  # points before TPE begins to model
 def propose(config: CampaignConfig, number: int, known: Sequence[Record]) -> Point:
     """The point of trial `number`, where `known` are the trials proposed before it."""
     if config.searcher == "grid":
-        tried = [record.asked for record in known]
-        return next(point for point in config.grid if point not in tried)
+        tried, points = [record.asked for record in known], list(config.grid)
+        order = np.random.default_rng(config.seed).permutation(len(points))  # the poor ones first would all look good at first
+        return next(points[k] for k in order if points[k] not in tried)
     if config.searcher == "optuna":
         return _tpe(config, number, known)
     random = np.random.default_rng([config.seed, number])
@@ -52,7 +53,9 @@ def _value(dimension: Dimension, asked: Any) -> Any:
     return dimension.values[asked] if dimension.kind == "choice" else asked
 
 
-def make_study(config: CampaignConfig, known: Sequence[Record], sampler: optuna.samplers.BaseSampler | None = None) -> optuna.Study:
+def make_study(
+    config: CampaignConfig, known: Sequence[Record], sampler: optuna.samplers.BaseSampler | None = None
+) -> optuna.Study:
     """The trials as an Optuna study."""
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     study = optuna.create_study(sampler=sampler, direction="minimize" if mode(config.metric) == "min" else "maximize")

@@ -21,10 +21,10 @@ _EXPLAINED = {
 
 
 def report(
-    config: CampaignConfig, search: Sequence[Row], spread: Sequence[Confirmed], saved: Saving | None,
-    shares: dict[str, float], seconds: float, again: Sequence[Row], pictures: Sequence[Path],
+    config: CampaignConfig, search: Sequence[Row], rest: Sequence[Row], again: Sequence[Row], spread: Sequence[Confirmed],
+    saved: Saving | None, shares: dict[str, float], seconds: float, pictures: Sequence[Path],
 ) -> str:  # fmt: skip
-    """The whole report."""
+    """The whole report; `rest` are the stopped trials, finished, `again` the best with further seeds."""
     explained = _EXPLAINED.get(config.metric, "IoU of one class on the validation tiles").format(target=config.target)
     lines = [
         f"# {config.question or 'Campaign ' + config.folder.name}", "",
@@ -33,7 +33,7 @@ def report(
         "## Answer", "", *_answer(config, search), "",
         "## Confidence", "", *_confidence(config, spread), "",
         "## Cost", "", *_cost(search, saved, again, seconds), "",
-        *_along(config, search), *_importance(shares),
+        *_along(config, [*search, *rest]), *_importance(shares),
         "## Trials", "", *_table(config, search), "",
         *(f"![{path.stem}]({path.name})" for path in pictures), "",
     ]  # fmt: skip
@@ -67,9 +67,9 @@ def _confidence(config: CampaignConfig, spread: Sequence[Confirmed]) -> list[str
     if len(spread) > 1 and all(math.isfinite(each.std) for each in spread[:2]):
         first, second = spread[:2]
         apart, error = abs(first.mean - second.mean), math.hypot(first.std, second.std) / math.sqrt(len(first.values))
-        verdict = "more than twice" if apart > 2 * error else "no more than twice"
-        lines += ["", f"The first two are {_shown(apart)} apart, {verdict} the standard error of that difference, {_shown(error)}: "
-                  + ("these seeds tell them apart." if apart > 2 * error else "these seeds do not tell them apart.")]  # fmt: skip
+        clear = apart > 2 * error
+        lines += ["", f"The first two are {_shown(apart)} apart, {'more' if clear else 'no more'} than twice the standard error "
+                  f"of that difference, {_shown(error)}: these seeds {'' if clear else 'do not '}tell them apart."]  # fmt: skip
     return lines
 
 
@@ -83,31 +83,41 @@ def _cost(search: Sequence[Row], saved: Saving | None, again: Sequence[Row], sec
     if again:
         lines.append(f"Training the best again took {sum(row.samples for row in again)} samples more.")
     if saved is not None:
-        same = "the same configuration" if saved.found.point == saved.best.point else words(saved.best.point)
-        iou = f"IoU {saved.found.iou:.4f} against {saved.best.iou:.4f}, {100 * saved.iou_loss:+.2f} % below" if math.isfinite(
-            saved.best.iou) else f"value {_shown(saved.found.value)} against {_shown(saved.best.value)}"  # fmt: skip
-        lines += ["", f"All stopped trials were then let finish. The exhaustive search's best is {same}: {iou}. The search used "
-                  f"{saved.samples} samples, **{100 * saved.share:.1f} %** of the exhaustive search's {saved.all_samples}."]  # fmt: skip
+        lines += ["", *_saved(saved)]
     return lines
 
 
-def _along(config: CampaignConfig, search: Sequence[Row]) -> list[str]:
+def _saved(saved: Saving) -> list[str]:
+    """What stopping early saved and cost."""
+    same = "the same configuration" if saved.found.point == saved.best.point else words(saved.best.point)
+    lost = f"value {_shown(saved.found.value)} against {_shown(saved.best.value)}"
+    if math.isfinite(saved.best.iou):
+        lost = f"mean IoU {saved.found.iou:.4f} found, {saved.best.iou:.4f} there is, {100 * saved.iou_loss:.2f} % less"
+    return [
+        f"All stopped trials were then let finish. The exhaustive search's best is {same}: {lost}. The search used "
+        f"{saved.samples} samples, **{100 * saved.share:.1f} %** of the exhaustive search's {saved.all_samples}."
+    ]
+
+
+def _along(config: CampaignConfig, rows: Sequence[Row]) -> list[str]:
     """The best value for each choice, with everything else free."""
-    better = min if mode(config.metric) == "min" else max
     lines: list[str] = []
     for dimension in config.dimensions:
-        if dimension.kind != "choice":
-            continue
-        cells = []
-        for value in dimension.values:
-            own = [row for row in search if row.point[dimension.key] == value and row.status == FINISHED]
-            known = [row.value for row in own if abs(row.value) < WORST]
-            ious = [row.iou for row in own if math.isfinite(row.iou)]
-            cells.append(f"| {short(value)} | {len(own)} | {_shown(better(known)) if known else '–'} "
-                         f"| {max(ious):.3f} |" if ious else f"| {short(value)} | {len(own)} | {_shown(better(known)) if known else '–'} | – |")  # fmt: skip
-        lines += [f"Along `{dimension.key}`:", "", f"| value | finished | best {config.metric} | best mean IoU |",
-                  "|---|---:|---:|---:|", *cells, ""]  # fmt: skip
+        if dimension.kind == "choice":
+            own = [[row for row in rows if row.point[dimension.key] == value] for value in dimension.values]
+            cells = [_cell(config, value, found) for value, found in zip(dimension.values, own, strict=True)]
+            head = f"| `{dimension.key}` | finished | best {config.metric} | mean of {config.metric} | best mean IoU |"
+            lines += [head, "|---|---:|---:|---:|---:|", *cells, ""]
     return lines
+
+
+def _cell(config: CampaignConfig, value: object, rows: Sequence[Row]) -> str:
+    done = [row for row in rows if row.status == FINISHED]
+    known = [row.value for row in done if abs(row.value) < WORST]
+    best = (min if mode(config.metric) == "min" else max)(known, default=math.nan)
+    mean = sum(known) / len(known) if known else math.nan
+    iou = max((row.iou for row in done if math.isfinite(row.iou)), default=math.nan)
+    return f"| {short(value)} | {len(done)} | {_shown(best)} | {_shown(mean)} | {_shown(iou)} |"
 
 
 def _importance(shares: dict[str, float]) -> list[str]:
@@ -119,11 +129,13 @@ def _importance(shares: dict[str, float]) -> list[str]:
 
 def _table(config: CampaignConfig, search: Sequence[Row]) -> list[str]:
     columns = [*config.search, "status", "steps", config.metric, "mean IoU", "samples"]
-    return [
-        "| " + " | ".join(columns) + " |", "|" + "---|" * len(columns),
-        *("| " + " | ".join([*(short(row.point[key]) for key in config.search), row.status + (f": {row.reason}" if row.status in (
-            DIVERGED, FAILED) else ""), str(row.steps), _shown(row.value), _shown(row.iou), str(row.samples)]) + " |" for row in search),
-    ]  # fmt: skip
+    return ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns), *(_line(config, row) for row in search)]
+
+
+def _line(config: CampaignConfig, row: Row) -> str:
+    status = f"{row.status}: {row.reason}" if row.status in (DIVERGED, FAILED) else row.status
+    numbers = [str(row.steps), _shown(row.value), _shown(row.iou), str(row.samples)]
+    return "| " + " | ".join([*(short(row.point[key]) for key in config.search), status, *numbers]) + " |"
 
 
 def _shown(value: float) -> str:

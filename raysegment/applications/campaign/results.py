@@ -74,7 +74,8 @@ def _row(config: CampaignConfig, journal: Journal, trials: Trials, record: Recor
         trial=record.trial, phase=record.phase, point=record.point, seed=run.learn.seed, status=record.status,
         reason=record.reason, value=_number(last.get("value")), loss=_number(last.get("loss")), iou=_number(last.get("iou")),
         steps=last.get("step", 0), of=length, samples=samples(config, trials, record) if computed is None else computed,
-        samples_whole=length * run.learn.global_batch, samples_per_s=_number(summary.get("samples_per_s")), resumed=record.resumed, segments=len(pieces) or 1,
+        samples_whole=length * run.learn.global_batch, samples_per_s=_number(summary.get("samples_per_s")),
+        resumed=record.resumed, segments=len(pieces) or 1,
         folder=str(Path(run.out).relative_to(config.folder)), checkpoint=summary.get("checkpoint") or "",
     )  # fmt: skip
 
