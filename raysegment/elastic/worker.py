@@ -48,7 +48,9 @@ def work(settings: Mapping[str, Any]) -> None:
     device = prepare_device(config)
     member = _member(config, settings["roster"], settings["cell"], device)  # first: whatever fails now is told
     try:
-        Run(config.out).event("worker", member=member.uid, node=_node_id(), pid=os.getpid(), process_s=since_fork_s)
+        Run(config.out).event(
+            "worker", member=member.uid, node=_node_id(), pid=os.getpid(), process_s=since_fork_s, group=_group_id()
+        )
         _live(config, settings, member, device, started)
     except Exception as error:
         bad = error.__reduce__()[1] if isinstance(error, BadInput) else None
@@ -116,6 +118,12 @@ def _age_s() -> float:
 
 def _node_id() -> str:
     return ray.get_runtime_context().get_node_id()
+
+
+def _group_id() -> str:
+    """The placement group this worker lives in, "" for none."""
+    group = ray.util.get_current_placement_group()
+    return group.id.hex() if group is not None else ""
 
 
 def make_learner(config: TrainConfig, manifest: Manifest, device: torch.device | str) -> Learner:

@@ -82,10 +82,12 @@ def admit(demands: Sequence[Demand], nodes: Sequence[Node], wanted: int = 0) -> 
 def driver_bytes(memories: Sequence[float], at_once: int) -> int:
     """The least reservation of which at most `at_once` fit: m/k of some node; exactly as many wherever nodes are equal.
 
-    Among reservations b with Σ ⌊mᵢ/b⌋ ≤ at_once, the least.
+    Among reservations b with Σ ⌊mᵢ/b⌋ ≤ at_once, the least. With more nodes than `at_once` there may be none, and one driver
+    a node is what is left: some then wait for workers' room, which Ray gives to whole groups alone.
     """
     candidates = {int(memory // k) for memory in memories for k in range(1, at_once + 1) if memory // k >= 1}
-    return min(b for b in candidates if sum(int(memory // b) for memory in memories) <= at_once)
+    few_enough = [b for b in candidates if sum(int(memory // b) for memory in memories) <= at_once]
+    return min(few_enough, default=max(candidates))
 
 
 def _too_large(demand: Demand, nodes: Sequence[Node]) -> BadInput:

@@ -44,6 +44,7 @@ from raysegment.applications.campaign.results import (
 )
 from raysegment.applications.campaign.schedulers import Failures, make_scheduler
 from raysegment.applications.campaign.space import CampaignConfig, Trials, changes, check_extends
+from raysegment.applications.campaign.sweeper import Sweeper
 from raysegment.applications.campaign.trial import JOURNAL, run_trial
 from raysegment.applications.synthesize import synthesize
 from raysegment.archive.files import committed
@@ -249,23 +250,29 @@ def _run_phase(config: CampaignConfig, journal: Journal, phase: str, more: More,
     waiting = waiting or [record for record in (more(),) if record is not None]
     if not waiting:
         return
+    sweeper = Sweeper()
+    left = lambda record: sweeper.give(_folder(config, record))
     random.seed(config.seed * 1000 + journal.session)  # population-based training draws from Python's generator
     tuner = tune.Tuner(
         tune.with_resources(tune.with_parameters(run_trial, campaign=config), {"memory": room.driver_bytes}),
-        tune_config=_tune_config(config, journal, scheduler, waiting, more, room),
+        tune_config=_tune_config(config, journal, scheduler, waiting, more, room, left),
         run_config=tune.RunConfig(
             name=f"{phase}-{journal.session:03d}", storage_path=str(config.folder / "tune"), verbose=0,
             failure_config=tune.FailureConfig(max_failures=_RETRIES), callbacks=[Failures(journal)],
         ),
         **_param_space(scheduler, waiting, more),
     )  # fmt: skip
-    tuner.fit()
+    try:
+        tuner.fit()
+    finally:
+        sweeper.close()
 
 
 def _tune_config(
-    config: CampaignConfig, journal: Journal, scheduler: str, waiting: list[Record], more: More, room: Admission
-) -> tune.TuneConfig:
-    known = make_scheduler(config, journal, scheduler)
+    config: CampaignConfig, journal: Journal, scheduler: str, waiting: list[Record], more: More, room: Admission,
+    left: Callable[[Record], None],
+) -> tune.TuneConfig:  # fmt: skip
+    known = make_scheduler(config, journal, scheduler, left)
     if scheduler == "pbt":
         return tune.TuneConfig(scheduler=known, num_samples=1, reuse_actors=False)
     pauses = scheduler == "hyperband"  # there the memory that drivers reserve is the bound: what pauses is alive
@@ -298,10 +305,14 @@ def _mark_resumed(config: CampaignConfig, journal: Journal, waiting: Sequence[Re
 
 
 def _logged(config: CampaignConfig, record: Record) -> int:
+    return last_step(Run(_folder(config, record)).steps) + 1
+
+
+def _folder(config: CampaignConfig, record: Record) -> Path:
+    """The run folder that a trial works in."""
     seed = {} if record.seed is None else {"learn.seed": record.seed}
     pieces = sorted((config.folder / "trials" / record.trial).glob("segment-*"))
-    folder = pieces[-1] if pieces else config.trial({**record.point, **seed}).out
-    return last_step(Run(folder).steps) + 1
+    return pieces[-1] if pieces else Path(config.trial({**record.point, **seed}).out)
 
 
 def _close_phase(config: CampaignConfig, journal: Journal, trials: Trials, phase: str) -> None:

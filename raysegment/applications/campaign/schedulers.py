@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from ray.tune import Callback
@@ -42,10 +42,15 @@ class Watched:
 
     journal: Journal
     last: int  # the number of a trial's last report
+    left: Callable[[Record], None]
 
-    def watch(self, journal: Journal, last: int) -> Any:
-        self.journal, self.last = journal, last
+    def watch(self, journal: Journal, last: int, left: Callable[[Record], None]) -> Any:
+        """`left` is called when a trial's process is about to end by a decision."""
+        self.journal, self.last, self.left = journal, last, left
         return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "left": None}
 
     def recall(self, record: Record, trial: Any) -> None:
         """Know an earlier session's readings of a trial; its decisions stand."""
@@ -62,6 +67,12 @@ class Watched:
         self.recall(record, trial)
 
     def on_trial_result(self, tune_controller: Any, trial: Trial, result: dict[str, Any]) -> str:
+        decision = self._decide(tune_controller, trial, result)
+        if decision != TrialScheduler.CONTINUE:
+            self.left(self._record(trial))
+        return decision
+
+    def _decide(self, tune_controller: Any, trial: Trial, result: dict[str, Any]) -> str:
         record = self._record(trial)
         if result["ends"]:
             self._end(record, result, DIVERGED if result["diverged"] else FAILED, result["ends"])
@@ -129,7 +140,9 @@ class Population(Watched, PopulationBasedTraining):
     """Population-based training."""
 
 
-def make_scheduler(config: CampaignConfig, journal: Journal, name: str = "") -> Any:
+def make_scheduler(
+    config: CampaignConfig, journal: Journal, name: str = "", left: Callable[[Record], None] = lambda _: None
+) -> Any:
     """The scheduler `name` (that of the campaign unless given), knowing the ended trials of the search."""
     name, last = name or config.scheduler, config.reports
     judged: dict[str, Any] = {"time_attr": "k", "metric": "value", "mode": mode(config.metric)}
@@ -143,7 +156,7 @@ def make_scheduler(config: CampaignConfig, journal: Journal, name: str = "") -> 
         scheduler = HyperBand(max_t=last, reduction_factor=config.reduction, **judged)
     else:
         scheduler = _population(config, judged)
-    scheduler.watch(journal, last)
+    scheduler.watch(journal, last, left)
     for record in journal.of("search") if name in ("asha", "median") else ():
         if record.status:
             scheduler.recall(record, StandIn(record))

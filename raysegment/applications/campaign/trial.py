@@ -17,6 +17,7 @@ from raysegment.applications.campaign.journal import find_trial
 from raysegment.applications.campaign.measures import WORST, Reading, is_validated, mode, read
 from raysegment.applications.campaign.population import Bridge, Segment, filed, segment_run, send, take_segment
 from raysegment.applications.campaign.space import CampaignConfig, Trials
+from raysegment.applications.campaign.sweeper import remove
 from raysegment.archive.manifest import Manifest
 from raysegment.climate.checks import BadInput
 from raysegment.elastic.checkpoints import step_name
@@ -48,20 +49,20 @@ def _reporter(
     trial, point = proposed["trial"], proposed["point"]
     seed = {} if proposed["seed"] is None else {"learn.seed": proposed["seed"]}
     trials = Trials(campaign, Manifest.load(campaign.trial({**point, **seed}).shards))
+    own = bridge.k if bridge is not None and bridge.trial == trial else 0
     if campaign.scheduler == "pbt" and proposed["phase"] == "search":
         mine = {key: settings[key] for key in campaign.search}
         segment = take_segment(trials, trial, mine, bridge)
-        return Reporter(campaign, trials, trial, segment, segment_run(trials, trial, segment), max(told, segment.k))
-    own = bridge.k if bridge is not None else 0
+        return Reporter(campaign, trials, trial, segment, segment_run(trials, trial, segment), max(own, segment.k))
     return Reporter(campaign, trials, trial, Segment(point=point), trials.run({**point, **seed}), max(told, own))
 
 
 def _await_predecessor(run: TrainConfig) -> None:
-    """Until nobody else works on the run: a driver that was paused or killed may still be ending."""
+    """Until nobody else works on the run (a driver that was paused or killed may still be ending); its room is given back."""
     folder = Run(run.out).folder
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(folder / "fleet.lock", timeout=_HANDOVER_S):
-        pass
+        remove(folder)
 
 
 class Reporter:
