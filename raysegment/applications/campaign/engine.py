@@ -52,6 +52,7 @@ from raysegment.archive.manifest import Manifest
 from raysegment.archive.places import Place
 from raysegment.climate.checks import BadInput
 from raysegment.console import Console
+from raysegment.elastic.keeper import memory_folder
 from raysegment.elastic.runs import Run, jsonable, last_step
 from raysegment.elastic.settings import plain
 from raysegment.elastic.train import use_gpu
@@ -61,6 +62,8 @@ from raysegment.feed.stage import StageConfig, stage
 More = Callable[[], Record | None]  # the next trial, made; None: no more
 
 _RETRIES = 3  # a trial's driver that dies is started again so often
+# Tune's own tables, and its loggers: what they would say is in the journal, in TensorBoard's files and on the terminal
+_QUIET = {"RAY_AIR_NEW_OUTPUT": "0", "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1"}
 
 
 def run_campaign(config: CampaignConfig, console: Console | None = None, extend: bool = False) -> dict[str, Any]:
@@ -182,6 +185,8 @@ def _left(config: CampaignConfig, journal: Journal) -> Iterator[str]:
 
 
 def _work(config: CampaignConfig, journal: Journal, trials: Trials, console: Console) -> None:
+    for name, value in _QUIET.items():
+        os.environ.setdefault(name, value)
     ensure_ray()
     runs = [trials.run(point) for point in config.corners()]
     nodes = [Node.of(node["Resources"]) for node in ray.nodes() if node["Alive"]]
@@ -250,8 +255,8 @@ def _run_phase(config: CampaignConfig, journal: Journal, phase: str, more: More,
     waiting = waiting or [record for record in (more(),) if record is not None]
     if not waiting:
         return
-    sweeper = Sweeper()
-    left = lambda record: sweeper.give(_folder(config, record))
+    sweeper = Sweeper(memory_folder(config.trial(next(config.corners())).checkpoint.memory))
+    left = lambda record: sweeper.give(_folder(config, record), over=bool(record.status) and not config.exhaustive)
     random.seed(config.seed * 1000 + journal.session)  # population-based training draws from Python's generator
     tuner = tune.Tuner(
         tune.with_resources(tune.with_parameters(run_trial, campaign=config), {"memory": room.driver_bytes}),

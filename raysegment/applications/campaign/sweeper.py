@@ -17,6 +17,7 @@ import ray
 from filelock import FileLock, Timeout
 from ray.util.placement_group import PlacementGroup, remove_placement_group
 
+from raysegment.elastic.keeper import forget
 from raysegment.elastic.runs import Run
 
 _LOOK_S, _CONTROLLER_ENDS_S = 0.5, 2.0  # after a driver, Ray ends what it owned within a second
@@ -38,16 +39,20 @@ def remove(folder: Path) -> None:
 class Sweeper:
     """Removes the groups of the runs given to it, each when its driver has ended; in a thread of its own."""
 
-    def __init__(self) -> None:
+    def __init__(self, memory: Path | None) -> None:
+        self._memory = memory
         self._waiting: dict[Path, float | None] = {}  # run folder → since when nobody works there
+        self._over_with: set[Path] = set()
         self._lock, self._over = threading.Lock(), threading.Event()
         self._thread = threading.Thread(target=self._run, name="sweeper", daemon=True)
         self._thread.start()
 
-    def give(self, folder: Path) -> None:
-        """A run whose trial was ended or paused."""
+    def give(self, folder: Path, over: bool) -> None:
+        """A run whose trial was ended or paused; `over`: nobody will want the state that this node's memory keeps of it."""
         with self._lock:
             self._waiting[folder] = None
+            if over:
+                self._over_with.add(folder)
 
     def close(self) -> None:
         self._over.set()
@@ -65,12 +70,18 @@ class Sweeper:
         try:
             with FileLock(folder / "fleet.lock", timeout=0):
                 if since is not None and time.monotonic() - since > _CONTROLLER_ENDS_S:
-                    remove(folder)
+                    self._clean(folder)
                     self._set(folder, None, done=True)
                 elif since is None:
                     self._set(folder, time.monotonic())
         except Timeout:
             self._set(folder, None, done=since is not None)  # it was taken up again, and cleans up by itself
+
+    def _clean(self, folder: Path) -> None:
+        remove(folder)
+        memory = self._memory
+        if memory is not None and folder in self._over_with and (folder / "run.json").exists():
+            forget(memory, Run(folder).key)
 
     def _set(self, folder: Path, since: float | None, done: bool = False) -> None:
         with self._lock:
