@@ -1,4 +1,4 @@
-"""A campaign from its file to its answer: search; train the best again; let the stopped finish, if asked; publish.
+"""A campaign from its file to its answer: search; let the stopped finish, if asked; train the best again; publish.
 
 It may be killed at any time: the same command goes on from the journal, and trains nothing twice that is in the trials'
 folders. Each start is a new experiment for Tune, which is given the trials that wait and then new ones.
@@ -335,8 +335,8 @@ def _close_phase(config: CampaignConfig, journal: Journal, trials: Trials, phase
 def _publish(config: CampaignConfig, journal: Journal, trials: Trials) -> dict[str, Any]:
     """The campaign's results as files, and as a dict."""
     out = config.folder
-    search, again, rest = (rows_of(config, journal, trials, phase) for phase in PHASES)
-    write_tables(out, config, [*search, *again, *rest])
+    search, rest, again = (rows_of(config, journal, trials, phase) for phase in PHASES)
+    write_tables(out, config, [*search, *rest, *again])
     best = search[0]
     if best.status != FINISHED:
         raise RuntimeError(f"{out}: no trial finished; see {out / 'results.csv'} and the folders in {out / 'trials'}")
@@ -350,7 +350,7 @@ def _publish(config: CampaignConfig, journal: Journal, trials: Trials) -> dict[s
     return jsonable({
         "trials": len(search), "finished": counts[FINISHED], "stopped_early": counts[STOPPED],
         "failed": len(search) - counts[FINISHED] - counts[STOPPED], "resumed": sum(row.resumed > 0 for row in search),
-        "best": {"config": best.point, "iou": best.iou}, "samples_total": sum(row.samples for row in (*search, *again, *rest)),
+        "best": {"config": best.point, "iou": best.iou}, "samples_total": sum(row.samples for row in (*search, *rest, *again)),
         "seconds": journal.seconds, "metric": config.metric, "value": best.value, "checkpoint": best.checkpoint,
         "results": out / "results.csv", "parquet": out / "results.parquet", "best_config": write_best(out, config, best.point),
         "pictures": pictures, "report": out / "report.md",

@@ -24,7 +24,7 @@ from raysegment.archive.files import committed
 from raysegment.elastic.runs import Run, last_step
 from raysegment.elastic.settings import TrainConfig, plain
 
-SEARCH, CONFIRM, REST = PHASES = ("search", "confirm", "exhaustive")
+SEARCH, REST, CONFIRM = PHASES = ("search", "exhaustive", "confirm")
 TOP = 3  # so many are trained again with further seeds
 _ORDER = {FINISHED: 0, STOPPED: 1, DIVERGED: 2, FAILED: 3, "": 4}
 
