@@ -7,6 +7,7 @@ import math
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -268,6 +269,13 @@ def test_labels_and_means():
 
 # ---------------------------------------------------------------- schedulers that were interrupted
 
+@pytest.fixture(scope="module")
+def quick_disk():
+    """Here nobody pulls the plug: a thousand journal lines need not reach the disk one by one."""
+    with mock.patch("raysegment.applications.campaign.journal.os.fsync"):
+        yield
+
+
 SCORES = st.lists(st.lists(st.floats(0, 1), min_size=20, max_size=20), min_size=2, max_size=9)
 
 
@@ -299,8 +307,9 @@ class SimpleTrial(SimpleNamespace):
         return hash(self.trial_id)
 
 
+@pytest.mark.usefixtures("quick_disk")
 @pytest.mark.parametrize("scheduler", ["asha", "median"])
-@settings(max_examples=15)
+@settings(max_examples=10)
 @given(scores=SCORES, cuts=st.lists(st.integers(0, 60), max_size=3))
 def test_interrupted_searches_decide_as_undisturbed_ones(tmp_path_factory, scheduler: str, scores, cuts: list[int]):
     """Killed after any report, and begun again with a scheduler that knows the journal alone."""
@@ -316,3 +325,64 @@ def test_interrupted_searches_decide_as_undisturbed_ones(tmp_path_factory, sched
     ended = [{r.trial: (r.status, r.told) for r in journal.of("search")} for journal in (whole, Journal(folder / "cut"))]
     assert ended[0] == ended[1]
     assert "finished" in {status for status, _ in ended[0].values()}
+
+
+class Controller:
+    """What HyperBand asks of Tune's: trials are stopped while they are paused."""
+
+    def __init__(self, scheduler: Any):
+        self.scheduler = scheduler
+
+    def stop_trial(self, trial: Any) -> None:
+        self.scheduler.on_trial_remove(self, trial)
+        trial.status = "TERMINATED"
+
+
+def drive_brackets(ours, journal, scores: list[list[float]], lines: int) -> None:
+    """One trial at a time, whichever the scheduler chooses, paused and gone on with; each reads from where it was paused."""
+    scheduler, last = make_scheduler(ours, journal), ours.reports
+    controller, trials, said = Controller(scheduler), [], {}
+    for number in range(len(scores)):
+        name = f"search-{number:03d}"
+        if name not in journal.records:
+            journal.write("proposed", **{**TRIAL, "trial": name, "number": number})
+        trials.append(SimpleTrial(name, journal.session))
+        trials[-1].status, trials[-1].is_saving, trials[-1].number = "PENDING", False, number
+        scheduler.on_trial_add(controller, trials[-1])
+    while (trial := scheduler.choose_trial_to_run(controller)) is not None:
+        trial.status, decision = "RUNNING", "CONTINUE"
+        while decision == "CONTINUE":
+            if sum(len(record.reports) for record in journal.records.values()) >= lines:
+                return
+            k = said[trial.number] = said.get(trial.number, 0) + 1
+            value = scores[trial.number][k - 1]
+            told = {"k": k, "step": k, "value": value, "loss": 1.0, "iou": 0.0, "segment": 0, "ends": "", "point": "{}"}
+            decision = scheduler.on_trial_result(controller, trial, {**told, "diverged": False})
+            assert k <= last
+        trial.status = "PAUSED"
+        if decision == "STOP":
+            scheduler.on_trial_complete(controller, trial, told)
+            trial.status = "TERMINATED"
+
+
+BRACKETS = st.lists(st.lists(st.floats(0, 1), min_size=9, max_size=9), min_size=2, max_size=17)
+
+
+@pytest.mark.usefixtures("quick_disk")
+@settings(max_examples=10)
+@given(scores=BRACKETS, cuts=st.lists(st.integers(0, 60), max_size=2))
+def test_interrupted_brackets_end_as_undisturbed_ones(tmp_path_factory, scores, cuts: list[int]):
+    """HyperBand, whose trials all read their logs aloud once more after a restart."""
+    folder = tmp_path_factory.mktemp("j")
+    space = {"searcher": "random", "search": {"learn.optim.lr": {"log": [1e-4, 1]}}, "scheduler": "hyperband", "grace": 1 / 9}
+    ours = campaign(folder, folder, **space)
+    whole, cut = Journal(folder / "whole"), folder / "cut"
+    drive_brackets(ours, whole, scores, 10**9)
+    for lines in [*sorted(cuts), 10**9]:
+        journal = Journal(cut)
+        journal.write("session")
+        drive_brackets(ours, journal, scores, lines)
+        journal.close()
+    ended = [{r.trial: r.status for r in journal.of("search")} for journal in (whole, Journal(cut))]
+    assert ended[0] == ended[1]
+    assert set(ended[0].values()) <= {"finished", "stopped"}

@@ -61,6 +61,8 @@ def test_two_trials_on_two_cpus_and_again(tmp_path, monkeypatch):
     assert (best.learn.optim.lr, best.steps) == (1e-2, 10)
     assert all(Path(picture).stat().st_size > 5000 for picture in result["pictures"])
     assert "| 0.01 | finished | 10 |" in Path(result["report"]).read_text()
+    assert read_checkpoint(result["checkpoint"]).facts.step == 10
+    assert len(list((tmp_path / "c" / "trials").glob("*/summary.json"))) == 2
     assert list((tmp_path / "c" / "tensorboard").glob("search-00*/events*"))
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "c" / "trials").glob("*/steps.jsonl")}
     assert run_campaign(settings) == result
@@ -265,6 +267,8 @@ def test_a_campaign_killed_at_twenty_points_gives_what_an_undisturbed_one_does(t
     assert ours["resumed"] > 0
     assert theirs["resumed"] == 0
     assert not finished_again(where / "killed")
+    finished = [status for status, _ in endings(where / "killed")].count("finished")
+    assert len(list((where / "killed").glob("trials/*/summary.json"))) == finished
 
 
 def finish(command: subprocess.Popen[bytes], where: Path, shards: Path, name: str) -> None:

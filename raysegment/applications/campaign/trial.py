@@ -94,8 +94,8 @@ class Reporter:
 
     def _passed(self, step: int, last: bool) -> bool:
         done = self._steps[-1]["step"] + 1 if self._steps else 0
-        if done < step:
-            return False
+        if done < step or (step == self.run.steps and not last):  # a decision on the last reading ends the trial's process:
+            return False  # its final checkpoint and summary come first
         if last:
             return True
         if self.run.validation.shards and is_validated(self.campaign.metric) and not self._validated(step):
