@@ -199,6 +199,7 @@ def _work(config: CampaignConfig, journal: Journal, trials: Trials, console: Con
             more = begin[phase](config, journal, trials)
             _run_phase(config, journal, phase, more, room)
             _close_phase(config, journal, trials, phase)
+            _publish(config, journal, trials)  # whoever waits for the answer need not wait for how sure it is
 
 
 def _search(config: CampaignConfig, journal: Journal, trials: Trials) -> More:
