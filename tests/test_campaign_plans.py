@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 from pathlib import Path
@@ -18,6 +19,7 @@ from hypothesis import strategies as st
 from raysegment.applications.campaign.admission import DRIVER_BYTES, Demand, Node, admit, driver_bytes
 from raysegment.applications.campaign.engine import run_campaign
 from raysegment.applications.campaign.journal import Journal, Record, find_trial
+from raysegment.applications.campaign.live import Screen, watching
 from raysegment.applications.campaign.measures import WORST, read, recent_loss
 from raysegment.applications.campaign.pictures import short, smooth
 from raysegment.applications.campaign.proposals import propose
@@ -26,6 +28,7 @@ from raysegment.applications.campaign.schedulers import make_scheduler
 from raysegment.applications.campaign.space import Dimension, changes, check_extends, load_campaign
 from raysegment.climate.channels import NAMES
 from raysegment.climate.checks import BadInput
+from raysegment.console import Console
 from raysegment.elastic.settings import plain
 from tests.campaigns import SMALL, campaign, campaign_mapping
 from tests.helpers import ROOT
@@ -226,6 +229,26 @@ def test_tpe_learns_from_what_is_known_and_forgets_nothing_in_a_restart(tmp_path
         known.append(record)
     late = [record.point["learn.optim.lr"] for record in known[20:]]
     assert np.median(np.abs(np.array(late) - 0.7)) < 0.15
+
+
+def test_what_the_terminal_shows_and_tensorboard_keeps(tmp_path):
+    ours = campaign(tmp_path, tmp_path)
+    journal, said = Journal(tmp_path / "j"), io.StringIO()
+    with watching(ours, journal, Console(said)):
+        journal.write("session")
+        journal.write("proposed", **TRIAL)
+        journal.write("added", trial="search-000", tune="abc", told=0)
+        journal.write("report", trial="search-000", k=20, step=10, value=0.25, loss=0.25, iou=None, segment=0)
+        journal.write("ended", trial="search-000", status="diverged", reason="the loss is not finite", step=10)
+    assert said.getvalue().splitlines() == [
+        "  search-000 (lr 1e-05): begins",
+        "  search-000 (lr 1e-05): diverged at step 10, loss 0.25: the loss is not finite",
+    ]
+    assert journal.listeners == []
+    assert len(list((tmp_path / "tensorboard" / "search-000").glob("events*"))) == 1
+    screen = Screen(ours, journal, Console(io.StringIO()))
+    cells = [next(iter(column.cells)) for column in screen.table().columns]
+    assert cells == ["search-000", "1e-05", "10", "0.25", "0.25", "", "diverged"]
 
 
 # ---------------------------------------------------------------- what a log says

@@ -327,7 +327,8 @@ def _close_phase(config: CampaignConfig, journal: Journal, trials: Trials, phase
     if open_:
         raise RuntimeError(f"{config.folder}: Tune ended before {', '.join(open_)}; the same command goes on")
     spent = {record.trial: samples(config, trials, record) for record in journal.of(phase)}
-    journal.write("phase", phase=phase, samples=spent)
+    before = journal.phases.get(phase, {}).get("samples", {})  # of a phase that is extended
+    journal.write("phase", phase=phase, samples={**spent, **before})
 
 
 # ---------------------------------------------------------------- publish
