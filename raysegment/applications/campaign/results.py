@@ -172,7 +172,7 @@ class Saving:
 def saving(config: CampaignConfig, search: Sequence[Row], rest: Sequence[Row]) -> Saving | None:
     """None where the stopped trials were not let finish."""
     whole = [row for row in (*search, *rest) if row.status == FINISHED]
-    if not rest or not whole:
+    if not rest or not whole or not all(row.status for row in rest):
         return None
     best = min(whole, key=lambda row: row.value if mode(config.metric) == "min" else -row.value)
     return Saving(sum(row.samples for row in search), sum(row.samples_whole for row in search), search[0], best)
