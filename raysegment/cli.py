@@ -655,16 +655,13 @@ def _replay(options: argparse.Namespace, console: Console) -> dict[str, Any]:
 def _cluster_options(sub: argparse.ArgumentParser) -> None:
     what = (
         f"render {'|'.join(SYSTEMS)}: a job script or manifests; wait: until this cluster has its nodes; "
-        "drain: tell this cluster that a node will end; dashboards: Grafana's, made of the metrics that training exports"
+        "drain: tell this cluster that a node will end; local: a practice cluster on this machine; "
+        "dashboards: Grafana's, made of the metrics that training exports"
     )
-    sub.add_argument("what", choices=("render", "wait", "drain", "dashboards"), help=what)
-    keys = 'render: run="VERB …" nodes=4 min=2 gpus=8 …; wait: nodes=4 min=2; drain: deadline_s=120; dashboards: grafana=DIR'
-        "drain: tell this cluster that a node will end; local: a practice cluster on this machine"
-    )
-    sub.add_argument("what", choices=("render", "wait", "drain", "local"), help=what)
+    sub.add_argument("what", choices=("render", "wait", "drain", "local", "dashboards"), help=what)
     keys = (
         'render: run="VERB …" nodes=4 min=2 gpus=8 …; wait: nodes=4 min=2; drain: deadline_s=120; '
-        "local: up N cpus=1 …, status, down"
+        "local: up N cpus=1 …, status, down; dashboards: grafana=DIR"
     )
     sub.add_argument("options", nargs="*", metavar="SYSTEM, key=value", help=keys)
     where = "render: file to write (default: standard output); dashboards: folder (default: beside Ray's own)"
@@ -869,8 +866,7 @@ VERBS = (
          _report_options, _report),
     Verb("replay", "steps of a run computed once more and compared with its log: 0 where equal, 1 where not",
          "raysegment replay runs/first --steps 120:130", _replay_options, _replay),
-    Verb("cluster", "job scripts for Slurm and LSF, manifests for Kubernetes; nodes awaited and drained; dashboards",
-    Verb("cluster", "job scripts for Slurm and LSF, manifests for Kubernetes; a practice cluster; nodes awaited and drained",
+    Verb("cluster", "job scripts for Slurm and LSF, manifests for Kubernetes; a practice cluster; dashboards",
          "raysegment cluster render slurm run=inspect nodes=4 min=2 gpus=8", _cluster_options, _cluster),
     Verb("scale", "throughput, time and goodput on GPUs nobody has measured, from points on few",
          "raysegment scale predict --model model.yaml --system juwels_v1 --gpus 2048", _scale_options, _scale),

@@ -25,7 +25,7 @@ import pytest
 from ray.data._internal.object_extensions.arrow import ArrowPythonObjectArray  # and Ray's Arrow types are registered
 
 from raysegment import config
-from raysegment.applications.campaign import CampaignConfig
+from raysegment.applications.campaign.space import CampaignConfig
 from raysegment.applications.densities import table_density
 from raysegment.applications.labellers import parse_labeller
 from raysegment.applications.report import read_history

@@ -195,7 +195,8 @@ def _of_shards(history: History) -> list[Picture]:
     shards, whose = (held_out, "that are not trained on") if held_out else (str(history.config["shards"]), "of the training set")
     place = str(history.config.get("checkpoint", {}).get("place", "")) or history.folder / "checkpoints"
     try:
-        return draw_examples(find_checkpoint(place), shards, whose)
+        found = find_checkpoint(place)
+        return draw_examples(found if isinstance(found, Path) else found.text, shards, whose)
     except (BadInput, OSError):  # moved, or nothing saved yet: a page without examples
         return []
 
