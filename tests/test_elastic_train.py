@@ -75,6 +75,33 @@ def test_a_run_leaves_all_it_should(undisturbed, shards, tmp_path):
     assert report(out, tmp_path / "page.html")["masks"] == 1, "tiles as the checkpoint labels them"
 
 
+def test_every_metric_is_exported(undisturbed):
+    """Those of the dashboard, as Prometheus would read them from the node's agent, with the values of the run's log.
+
+    Soon after the run: agents forget what nobody says again.
+    """
+    expected = {metric.exported_name for metric in METRICS}
+    found = wait_for(lambda: exported(expected), "all metrics at the node's agent", 60)
+    last = lines(undisturbed[0] / "steps.jsonl")[-1]
+    assert found["ray_raysegment_cursor", ""] == 72
+    assert found["ray_raysegment_loss", ""] == pytest.approx(last["loss"])
+    assert found["ray_raysegment_time_share", "compute"] > 0
+    assert found["ray_raysegment_flops_per_second", "peak"] >= found["ray_raysegment_flops_per_second", "sustained"] > 0
+    assert 0 <= found["ray_raysegment_iou", "background"] <= 1
+    assert found["ray_raysegment_restarts", ""] == 0
+
+
+def exported(expected: set[str]) -> dict[tuple[str, str], float] | None:
+    """Values of the run `watched` by name and tag (class, cause or figure), as soon as all metrics are there."""
+    (node,) = ray.nodes()
+    with urlopen(f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics") as answer:
+        families = list(text_string_to_metric_families(answer.read().decode()))
+    samples = [sample for family in families for sample in family.samples if sample.labels.get("run") == "watched"]
+    tags = ("class", "cause", "figure")
+    found = {(each.name, "".join(each.labels.get(tag, "") for tag in tags)): each.value for each in samples}
+    return found if expected <= {name for name, _ in found} else None
+
+
 def test_a_finished_run_is_returned_and_another_refused(undisturbed, shards, tmp_path):
     out, summary, _ = undisturbed
     before = (out / "events.jsonl").read_bytes()
@@ -213,30 +240,3 @@ def test_more_missing_than_a_run_bears_is_said_at_once(shards, tmp_path):
     with pytest.raises(BadInput, match="without credentials"):
         train(replace(config(private, out), shards="s3://key:secret@bucket/shards"))
     assert not out.exists()
-
-
-def test_every_metric_is_exported(undisturbed):
-    """Those of the dashboard, as Prometheus would read them from the node's agent, with the values of the run's log.
-
-    The last test here: agents export every ten seconds, and by now they have.
-    """
-    expected = {metric.exported_name for metric in METRICS}
-    found = wait_for(lambda: exported(expected), "all metrics at the node's agent", 60)
-    last = lines(undisturbed[0] / "steps.jsonl")[-1]
-    assert found["ray_raysegment_cursor", ""] == 72
-    assert found["ray_raysegment_loss", ""] == pytest.approx(last["loss"])
-    assert found["ray_raysegment_time_share", "compute"] > 0
-    assert found["ray_raysegment_flops_per_second", "peak"] >= found["ray_raysegment_flops_per_second", "sustained"] > 0
-    assert 0 <= found["ray_raysegment_iou", "background"] <= 1
-    assert found["ray_raysegment_restarts", ""] == 0
-
-
-def exported(expected: set[str]) -> dict[tuple[str, str], float] | None:
-    """Values of the run `watched` by name and tag (class, cause or figure), as soon as all metrics are there."""
-    (node,) = ray.nodes()
-    with urlopen(f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics") as answer:
-        families = list(text_string_to_metric_families(answer.read().decode()))
-    samples = [sample for family in families for sample in family.samples if sample.labels.get("run") == "watched"]
-    tags = ("class", "cause", "figure")
-    found = {(each.name, "".join(each.labels.get(tag, "") for tag in tags)): each.value for each in samples}
-    return found if expected <= {name for name, _ in found} else None

@@ -22,6 +22,7 @@ from raysegment.feed.quarantine import FILE, Quarantine
 
 _RECENT = 20  # steps that "now" means
 _NODES_EVERY = 20  # looks at the log between two at the nodes
+_TOLD_EVERY = 20  # … and at which all is told again: agents forget what nobody says, and a run may be stuck
 _COUNTED = {  # event → the metric that counts it
     "generation": "generations",
     "node_lost": "node_losses",
@@ -210,7 +211,7 @@ class Watch:
         self._damaged.refresh()
         self.tally.quarantined = self._damaged.count
         self._look_at_nodes()
-        if steps or events or self._old:
+        if steps or events or self._old or self._looks % _TOLD_EVERY == 0:
             self._exporter.tell(self.tally.readings())
         self._old = False
         return steps
