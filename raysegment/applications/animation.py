@@ -18,11 +18,11 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import GifImagePlugin, Image, ImageColor
 
-from raysegment.applications.canvas import COAST, FILL
+from raysegment.applications.canvas import COAST, FILL, MIDDLE_DEG
 from raysegment.applications.drawable import Drawable
 from raysegment.applications.maps import STANDARD, Palette, load_pyplot, map_figure, palette_of, shade_limits
 from raysegment.applications.pictures import MaskBook, Still, list_stills, scene_of
-from raysegment.applications.projections import AUTO
+from raysegment.applications.projections import AUTO, projection_of
 from raysegment.archive.files import committed
 from raysegment.climate.checks import BadInput
 
@@ -52,6 +52,7 @@ def draw_film(
     if not 0 < frames_per_s <= 50:
         raise BadInput("--fps", "more than 0 and at most 50 pictures a second", frames_per_s, "Write for example --fps 4")
     palette, out = palette_of(colours), Path(out)
+    projection_of(projection, MIDDLE_DEG)  # a name that is none is said before anything is drawn
     books, stills = [MaskBook(path) for path in masks], list_stills(sources, every)
     limits = _common_limits(stills, field)
     width_in = min(_COLUMN_IN * max(1, len(books)), _MOST_IN)

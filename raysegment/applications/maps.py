@@ -229,8 +229,9 @@ def _draw_storms(canvas: Canvas, tracks: Sequence[Storm]) -> None:
     from matplotlib import patheffects
 
     halo, wide = [patheffects.withStroke(linewidth=2.5, foreground="white")], canvas.wide
-    for number, storm in enumerate(sorted(tracks, key=lambda one: one.lon), start=1):
-        point, side = canvas.place(storm.lat, storm.lon), (-1, 1)[number % 2]  # neighbours above and below: no overlap
+    numbered = sorted(enumerate(tracks, start=1), key=lambda one: one[1].lon)
+    for order, (number, storm) in enumerate(numbered):
+        point, side = canvas.place(storm.lat, storm.lon), (1, -1)[order % 2]  # neighbours above and below: no overlap
         if point is None:
             continue
         canvas.panel.plot(*point, "*", markersize=7 if wide else 15, color="#ffd400", markeredgecolor="black", zorder=6)
