@@ -122,11 +122,11 @@ def start(target: Callable[..., None], *arguments: Any) -> Any:
 
 
 def steps_of(out: Path) -> list[tuple[float, str, int, int, int]]:
-    """(time, member, step, generation, size) of all lines so far."""
+    """(time, member, step, generation, size) of all lines so far; one that is being written does not count."""
     if not out.exists():
         return []
-    rows = [line.split() for line in out.read_text().splitlines()]
-    return [(float(t), uid, int(step), int(generation), int(size)) for t, uid, step, generation, size in rows if size]
+    rows = [line.split() for line in out.read_text().split("\n")[:-1]]
+    return [(float(t), uid, int(step), int(generation), int(size)) for t, uid, step, generation, size in rows]
 
 
 def kill(process: Any, number: int = signal.SIGKILL) -> float:
