@@ -139,6 +139,16 @@ def test_a_kill_anywhere_changes_nothing(shards, tmp_path, undisturbed, place):
     assert sorted(found) == [25, 50]
 
 
+@pytest.mark.parametrize("recipe", [pytest.param("sgd", marks=pytest.mark.slow), "lag 1, bf16"])
+def test_members_meet_again_where_a_state_has_just_been_validated(shards, tmp_path, undisturbed, recipe):
+    """Who joins there has not validated it, who stays has: all must do the same, or they take one's sums for another's."""
+    held_out = write_shards(tmp_path / "held_out", 3)
+    changes = dict(LONG, learn=RECIPES[recipe], validation=ValidationConfig(str(held_out), every_steps=1))
+    fleet = disturbed(settings(shards, tmp_path / "run", **changes), up_and_down)
+    assert state(fleet) == undisturbed(**changes)
+    assert sorted({event["step"] for event in fleet.events("validation")}) == list(range(1, 61))
+
+
 def test_members_go_on_without_a_damaged_tile(shards, tmp_path):
     """Two members, one of whom is killed, and one alone learn the same; what is left out are the tile's positions, all."""
     shutil.copytree(shards, tmp_path / "shards")

@@ -12,6 +12,8 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Protocol
 
+import torch
+
 from raysegment.elastic.chaos import Fault, Injector
 from raysegment.elastic.group import Group, Setback
 from raysegment.elastic.membership import Generation, Member
@@ -112,7 +114,8 @@ class Loop:
         self.safe.new_generation(place)
         group.on_wait = self._waits
         self.on_place()
-        self._committed_at = time.perf_counter()
+        self._committed_at, self._waiting = time.perf_counter(), True
+        self._recall_validation(group)
         if place.rank == 0:
             seconds = time.perf_counter() - self.started
             self.run_files.event("ready", world=place.size, step=place.committed, generation=place.generation, seconds=seconds)
@@ -138,17 +141,23 @@ class Loop:
         self._fire("step", item.step)
         self.member.check()
         info = self.learner.run(item, signal=self._wishes())
+        save = info is not None and self.safe.due(info.step, self._after(info))
+        if save or self._validates_at(self.learner.step):
+            info = self._settled(info)
         if info is None:
             return None
-        step_s = self._after(info)
-        if self.safe.due(info.step, step_s):
-            last = self.learner.settle()  # with lag 1 the next step is under way
-            if last is not None:
-                self._after(last)
-                info = replace(last, signals=last.signals | info.signals)
+        if save:
             self.safe.save(self.learner, info.step)
         self._fire("commit", info.step)
         return info
+
+    def _settled(self, info: StepInfo | None) -> StepInfo | None:
+        """With lag 1 the next step is under way: make that certain too. The newest step, with what was wished with either."""
+        last = self.learner.settle()
+        if last is None:
+            return info
+        self._after(last)
+        return replace(last, signals=last.signals | (info.signals if info is not None else 0))
 
     def _waits(self) -> None:
         """Called when this member begins to wait for the others: the first time in a step, tell how long its own part took."""
@@ -202,10 +211,29 @@ class Loop:
 
     # ------------------------------------------------------------ validation, end, chaos
 
+    def _validates_at(self, step: int) -> bool:
+        """Whether a state of so many steps is one to validate."""
+        return self.validation is not None and step > 0 and step % self.config.validation.every_steps == 0
+
+    def _recall_validation(self, group: Group) -> None:
+        """Whether the state at hand has been validated: the first member looks it up and the others hear it from there.
+
+        What each remembers differs (one has just come, another died or was interrupted in the middle of it), and members that
+        do not do the same collectives in the same order would take one's sums for the other's.
+        """
+        self._validated, done = 0, self.learner.committed
+        if not self._validates_at(done):
+            return
+        known = torch.zeros(1, device=self.learner.device)
+        if self._place().rank == 0:
+            known += any((event["event"], event.get("step")) == ("validation", done) for event in self.run_files.read_events())
+        group.all_reduce(known)
+        self._validated = done if known.item() else 0
+
     def _validate_if_due(self) -> None:
         """IoU of the held-out tiles, once for every so many steps, by all members."""
-        every, done = self.config.validation.every_steps, self.learner.committed
-        if self.validation is None or not done or done % every or not self.learner.settled or self._validated == done:
+        done = self.learner.committed
+        if self.validation is None or not self._validates_at(done) or not self.learner.settled or self._validated == done:
             return
         self._fire("validation", done)
         scores = validate(self.learner, self.validation, self._group().all_reduce, self.member.check)
