@@ -181,7 +181,7 @@ def always(members):
 
 
 @pytest.mark.parametrize(
-    ("steps", "kills"), [(150, 3), pytest.param(3000, 500, marks=[pytest.mark.slow, pytest.mark.timeout(3600)])]
+    ("steps", "kills"), [(80, 2), pytest.param(3000, 500, marks=[pytest.mark.slow, pytest.mark.timeout(3600)])]
 )
 def test_random_kills_leave_every_position_once(shards, tmp_path, undisturbed, steps, kills):
     changes = dict(steps=steps, checkpoint=CheckpointConfig(every_steps=20))
