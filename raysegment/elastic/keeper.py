@@ -22,6 +22,7 @@ import zlib
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -163,7 +164,7 @@ def forget_stale(folder: str | Path, days: float, but: str = "") -> list[str]:
     limit, gone = time.time() - days * 86400, []
     for run in sorted(path for path in Path(folder).iterdir() if path.is_dir() and path.name != but):
         with suppress(OSError):  # another process was faster
-            if _is_ours(run) and max(path.lstat().st_mtime for path in (run, *run.rglob("*"))) < limit:
+            if _is_ours(run) and all(path.lstat().st_mtime < limit for path in chain((run,), run.rglob("*"))):  # a young one ends it
                 forget(folder, run.name)
                 gone.append(run.name)
     return gone
