@@ -164,7 +164,7 @@ def forget_stale(folder: str | Path, days: float, but: str = "") -> list[str]:
     limit, gone = time.time() - days * 86400, []
     for run in sorted(path for path in Path(folder).iterdir() if path.is_dir() and path.name != but):
         with suppress(OSError):  # another process was faster
-            if _is_ours(run) and all(path.lstat().st_mtime < limit for path in chain((run,), run.rglob("*"))):  # a young one ends it
+            if _is_ours(run) and all(path.lstat().st_mtime < limit for path in chain((run,), run.rglob("*"))):
                 forget(folder, run.name)
                 gone.append(run.name)
     return gone
