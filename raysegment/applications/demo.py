@@ -18,6 +18,7 @@ from raysegment.applications.pictures import draw_files
 from raysegment.applications.segment import SegmentConfig, segment
 from raysegment.applications.synthesize import synthesize
 from raysegment.applications.tracks import Storm, read_tracks, storm_distances
+from raysegment.applications.worlds import OTHER_WORLD
 from raysegment.archive.masks import mask_path, read_masks
 from raysegment.archive.snapshots import list_sources, open_source
 from raysegment.climate.events import find_events
@@ -28,7 +29,6 @@ from raysegment.feed.session import ensure_ray
 from raysegment.feed.stage import StageConfig, stage
 
 LABELLERS = ("rules", "network")
-OTHER_WORLD = 1000  # added to the seed for the held-out archive: other planets, other weather
 PRESET = Path(__file__).parents[1] / "configs" / "small.yaml"
 
 

@@ -24,14 +24,13 @@ import yaml
 from scipy.stats import t as student
 
 from raysegment import config as configuration
-from raysegment.applications.demo import OTHER_WORLD
 from raysegment.applications.evaluate import evaluate
 from raysegment.applications.segment import SegmentConfig, segment
 from raysegment.applications.synthesize import synthesize
+from raysegment.applications.worlds import ArchiveConfig
 from raysegment.archive.files import committed
 from raysegment.archive.manifest import Manifest
 from raysegment.climate.checks import BadInput
-from raysegment.climate.synthetic import SyntheticConfig
 from raysegment.console import Console, table
 from raysegment.elastic.runs import jsonable
 from raysegment.elastic.settings import flat, identity, plain
@@ -56,28 +55,6 @@ MEASURES = {
 SCORES = ("iou_background", "iou_cyclone", "iou_river", "iou_mean", "mlperf_iou")  # those whose differences are reported
 SHOWN = ("iou_cyclone", "iou_river", "iou_mean", "samples_per_s")  # those for which a terminal has room
 Row = dict[str, Any]  # variant, seed and the measures of one run
-
-
-@dataclass(frozen=True)
-class ArchiveConfig:
-    """Synthetic weather: `snapshots` to learn from and `held_out` of other planets, maps of `height` × `width` cells."""
-
-    snapshots: int = 128
-    held_out: int = 24
-    height: int = 72
-    width: int = 144
-    seed: int = 2018
-
-    def __post_init__(self) -> None:
-        self.parts()  # which refuses impossible sizes
-
-    def parts(self) -> dict[str, SyntheticConfig]:
-        """The two archives by the name of their folder."""
-        sizes = {"height": self.height, "width": self.width}
-        return {
-            "archive": SyntheticConfig(snapshots=self.snapshots, seed=self.seed, **sizes),
-            "heldout": SyntheticConfig(snapshots=self.held_out, seed=self.seed + OTHER_WORLD, **sizes),
-        }
 
 
 @dataclass(frozen=True)

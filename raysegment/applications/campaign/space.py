@@ -16,7 +16,7 @@ from ray import tune
 
 from raysegment import config as configuration
 from raysegment.applications.campaign.measures import check_metric, is_validated
-from raysegment.applications.experiment import ArchiveConfig
+from raysegment.applications.worlds import ArchiveConfig
 from raysegment.archive.manifest import Manifest
 from raysegment.climate.checks import BadInput
 from raysegment.elastic.settings import TrainConfig, ValidationConfig, flat, plain
