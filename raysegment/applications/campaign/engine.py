@@ -6,6 +6,7 @@ folders. Each start is a new experiment for Tune, which is given the trials that
 
 from __future__ import annotations
 
+import logging
 import os
 import random
 import time
@@ -187,6 +188,7 @@ def _left(config: CampaignConfig, journal: Journal) -> Iterator[str]:
 def _work(config: CampaignConfig, journal: Journal, trials: Trials, console: Console) -> None:
     for name, value in _QUIET.items():
         os.environ.setdefault(name, value)
+    logging.getLogger("ray.tune.analysis.experiment_analysis").setLevel(logging.ERROR)  # misses the files of those loggers
     ensure_ray()
     runs = [trials.run(point) for point in config.corners()]
     nodes = [Node.of(node["Resources"]) for node in ray.nodes() if node["Alive"]]
