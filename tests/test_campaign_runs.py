@@ -56,6 +56,8 @@ def test_two_trials_on_two_cpus_and_again(tmp_path, monkeypatch):
     rows = list(csv.DictReader(Path(result["results"]).read_text().splitlines()))
     assert [float(row["learn.optim.lr"]) for row in rows] == [1e-2, 1e-5]
     assert float(rows[0]["loss"]) < float(rows[1]["loss"])
+    assert read_checkpoint(tmp_path / "c" / rows[0]["checkpoint"]).facts.step == 10
+    assert not Path(rows[0]["checkpoint"]).is_absolute()
     assert pq.read_table(result["parquet"]).column("learn.optim.lr").to_pylist() == [1e-2, 1e-5]
     best = configuration.load(TrainConfig, configuration.read_yaml(result["best_config"]))
     assert (best.learn.optim.lr, best.steps) == (1e-2, 10)

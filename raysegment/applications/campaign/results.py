@@ -182,8 +182,8 @@ def saving(config: CampaignConfig, search: Sequence[Row], rest: Sequence[Row]) -
 
 
 def write_tables(out: Path, config: CampaignConfig, rows: Sequence[Row]) -> None:
-    """results.csv and results.parquet."""
-    lines = [row.flat() for row in rows]
+    """results.csv and results.parquet; checkpoints in the campaign's folder as seen from there, as folders are."""
+    lines = [{**row.flat(), "checkpoint": row.checkpoint.removeprefix(f"{config.folder}/")} for row in rows]
     with committed(out / "results.csv") as temporary, temporary.open("w", newline="") as file:
         writer = csv.DictWriter(file, list(lines[0]))
         writer.writeheader()
