@@ -23,14 +23,8 @@ settings.load_profile("any machine")  # no test is about a time
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """For tests in several processes (`-n`): one of them has all files that start a Ray, first; any other file stays whole.
-
-    Files with a mark of their own group go with that one.
-    """
+    """Files that start a Ray first: they take longest, and tests in several processes (`-n`) end together that way."""
     with_ray = {item.path for item in items if item.get_closest_marker("ray") or "two_cpus" in getattr(item, "fixturenames", ())}
-    for item in items:
-        if not item.get_closest_marker("xdist_group"):
-            item.add_marker(pytest.mark.xdist_group("ray" if item.path in with_ray else item.path.stem))
     items.sort(key=lambda item: item.path not in with_ray)
 
 

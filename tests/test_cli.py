@@ -13,7 +13,6 @@ from raysegment.cli import BAD_INPUT, VERBS, main, parse, parser
 from raysegment.climate.rules import RULES
 from tests.helpers import real_data
 
-pytestmark = pytest.mark.xdist_group("whole commands")
 MAP, TRACKS = "gfs_2011-10-11T00.nc", "ibtracs_2011-10-11T00.csv"
 TINY = ["workers=2", "cpus_per_worker=0.5", "steps=6", "network.tiramisu.first=8", "network.tiramisu.growth=4",
         "network.tiramisu.blocks=[1, 1, 1]", "learn.global_batch=4", "learn.micro_batch=2"]  # fmt: skip

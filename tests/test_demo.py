@@ -12,7 +12,7 @@ from raysegment.archive.masks import read_masks
 from raysegment.cli import main
 from tests.helpers import real_data
 
-pytestmark = [pytest.mark.ray, pytest.mark.xdist_group("whole commands"), pytest.mark.usefixtures("two_cpus")]
+pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("two_cpus")]
 SMALL = ["snapshots=8", "held_out=2", "height=24", "width=48", "steps=4", "workers=2",
          'train=["learn.micro_batch=2", "network.tiramisu.first=8", "network.tiramisu.growth=4"]']  # fmt: skip
 
