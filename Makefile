@@ -21,7 +21,7 @@ lint: install
 	$(RUN)/basedpyright --pythonpath $(RUN)/python
 
 test: lint
-	$(RUN)/pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
+	$(RUN)/pytest
 
 test-slow: install
 	$(RUN)/pytest -m slow --timeout 1800

@@ -22,12 +22,6 @@ settings.register_profile("any machine", deadline=None, suppress_health_check=[H
 settings.load_profile("any machine")  # no test is about a time
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files that start a Ray first: they take longest, and tests in several processes (`-n`) end together that way."""
-    with_ray = {item.path for item in items if item.get_closest_marker("ray") or "two_cpus" in getattr(item, "fixturenames", ())}
-    items.sort(key=lambda item: item.path not in with_ray)
-
-
 @pytest.fixture(scope="session")
 def end_of_ray() -> Iterator[None]:
     yield
