@@ -147,6 +147,7 @@ def test_members_meet_again_where_a_state_has_just_been_validated(shards, tmp_pa
     fleet = disturbed(settings(shards, tmp_path / "run", **changes), up_and_down)
     assert state(fleet) == undisturbed(**changes)
     assert sorted({event["step"] for event in fleet.events("validation")}) == list(range(1, 61))
+    assert {20, 40} & {event["step"] for event in fleet.events("checkpoint")}, "files are written in between, too"
 
 
 def test_members_go_on_without_a_damaged_tile(shards, tmp_path):
@@ -181,7 +182,7 @@ def always(members):
 
 
 @pytest.mark.parametrize(
-    ("steps", "kills"), [(80, 2), pytest.param(3000, 500, marks=[pytest.mark.slow, pytest.mark.timeout(3600)])]
+    ("steps", "kills"), [(150, 3), pytest.param(3000, 500, marks=[pytest.mark.slow, pytest.mark.timeout(3600)])]
 )
 def test_random_kills_leave_every_position_once(shards, tmp_path, undisturbed, steps, kills):
     changes = dict(steps=steps, checkpoint=CheckpointConfig(every_steps=20))

@@ -131,7 +131,6 @@ def test_a_killed_worker_changes_nothing(undisturbed, shards, tmp_path):
     assert [(step["step"], step["loss"]) for step in ours] == [(step["step"], step["loss"]) for step in theirs]
 
 
-@pytest.mark.slow
 def test_cells_without_room_wait_and_do_not_hold_up_the_end(undisturbed, shards, tmp_path):
     """Up to three cells, two of which have room and must be there, one of them killed: the other waits for it and says so."""
     elastic = ElasticConfig(cells=(2, 3), workers_per_cell=1)

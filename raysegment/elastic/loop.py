@@ -141,8 +141,10 @@ class Loop:
         self._fire("step", item.step)
         self.member.check()
         info = self.learner.run(item, signal=self._wishes())
-        save = info is not None and self.safe.due(info.step, self._after(info))
-        if save or self._validates_at(self.learner.step):
+        step_s = self._after(info) if info is not None else time.perf_counter() - self._begun
+        newest = self.learner.step - 1  # with lag 1 it is under way, and the one that a saved or validated state would end with
+        save = self.safe.due(newest, step_s)
+        if save or self._validates_at(newest + 1):
             info = self._settled(info)
         if info is None:
             return None
