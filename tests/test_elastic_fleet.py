@@ -8,8 +8,8 @@ import shutil
 import pytest
 
 from raysegment.archive.manifest import Manifest
-from raysegment.elastic.checkpoints import read_checkpoint
-from raysegment.elastic.runs import read_lines
+from raysegment.elastic.checkpoints import newest_valid, read_checkpoint
+from raysegment.elastic.runs import Run, read_lines
 from raysegment.elastic.settings import CheckpointConfig, ElasticConfig, ValidationConfig
 from raysegment.feed.quarantine import FILE
 from raysegment.feed.stream import FeedConfig
@@ -148,6 +148,22 @@ def test_members_meet_again_where_a_state_has_just_been_validated(shards, tmp_pa
     assert state(fleet) == undisturbed(**changes)
     assert sorted({event["step"] for event in fleet.events("validation")}) == list(range(1, 61))
     assert {20, 40} & {event["step"] for event in fleet.events("checkpoint")}, "files are written in between, too"
+
+
+def test_a_run_whose_folder_another_run_has_taken_ends_and_leaves_nothing_there(shards, tmp_path):
+    fleet = TrainingFleet(settings(shards, tmp_path / "run", steps=5000))
+    other = Run(fleet.run.folder)
+    try:
+        fleet.add(2)
+        fleet.wait(lambda: fleet.events("checkpoint"))
+        other.folder.rename(tmp_path / "elsewhere")
+        other.prepare(fleet.config)
+        assert other.key != json.loads((tmp_path / "elsewhere" / "run.json").read_text())["id"]
+        fleet.wait()
+    finally:
+        fleet.end()
+    assert newest_valid(fleet.config.checkpoint_place) is None
+    assert len(Run(tmp_path / "elsewhere").steps.read_bytes().splitlines()) < 5000
 
 
 def test_members_go_on_without_a_damaged_tile(shards, tmp_path):

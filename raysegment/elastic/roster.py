@@ -84,6 +84,7 @@ class Roster:
         if not self.lock.is_locked:
             remedy = "Wait until it has ended, or end it; then run the same command again."
             raise BadInput(self.run.folder, "a run that nobody else writes", "another roster holds roster.lock", remedy)
+        self.key = self.run.key
         self.log = StepLog(self.run.steps)
         self.verdict = Verdict(config.max_fruitless)
         least, most = elastic.cells[0] * config.workers_per_cell, elastic.cells[1] * config.workers_per_cell
@@ -219,12 +220,14 @@ class Roster:
         """Publish a checkpoint that a current member has drafted, and tell it whether that worked."""
         draft, why, generation = Draft(**message["draft"]), "", message["generation"]
         async with self._publishing:
-            if self.assembly.is_current(uid, generation):
-                writers = [writer_tag(other) for other in self.assembly.seats]
-                why = await asyncio.to_thread(self._publish, draft, float(message["seconds"]), writers)
-            else:
+            if not self.assembly.is_current(uid, generation):
                 why = f"generation {generation} is over"
                 self.record({"event": "fenced", "member": uid, "what": f"checkpoint {draft.step}", "generation": generation})
+            elif not await asyncio.to_thread(self.run.is_still, self.key):
+                why = self._displaced()
+            else:
+                writers = [writer_tag(other) for other in self.assembly.seats]
+                why = await asyncio.to_thread(self._publish, draft, float(message["seconds"]), writers)
         self._send(uid, {"op": "committed", "step": draft.step, "why": why})
 
     def _publish(self, draft: Draft, seconds: float, writers: list[str]) -> str:
@@ -242,6 +245,15 @@ class Roster:
         facts = {"step": draft.step, "path": Place.of(published).name, "seconds": seconds, **digests}
         self.record({"event": "checkpoint", **facts})
         return ""
+
+    def _displaced(self) -> str:
+        """End the run, whose folder is another's by now: what it would write there, that one would take for its own."""
+        why = "one that was removed or replaced while this run went on"
+        remedy = "Start it again with a folder of its own as `out`, and leave that in place until the command has ended."
+        self.gave_up = {"error": why, "bad_input": (str(self.run.folder), "the folder that the run began in", why, remedy)}
+        self.assembly.finish()
+        self._deliver()
+        return why
 
     def _failed(self, uid: str, message: dict[str, Any]) -> None:
         """An error that a member could not go on after."""

@@ -91,6 +91,12 @@ class Run:
                 temporary.write_text(json.dumps({"id": uuid.uuid4().hex}) + "\n")
         return json.loads(path.read_text())["id"]
 
+    def is_still(self, key: str) -> bool:
+        """Whether the folder is that run's: it may have been removed meanwhile, and another run begun in its place."""
+        with suppress(OSError, ValueError, KeyError):
+            return json.loads((self.folder / "run.json").read_text())["id"] == key
+        return False
+
     def finished(self) -> dict[str, Any] | None:
         """The summary, when the run is complete."""
         return json.loads(self.summary.read_text()) if self.summary.exists() else None
