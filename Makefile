@@ -11,6 +11,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	test -x $(RUN)/python || $(PYTHON) -m venv $(VENV)
 	$(RUN)/pip install --quiet --constraint constraints.txt torch
 	$(RUN)/pip install --quiet --constraint constraints.txt --editable '.[test]'
+	$(RUN)/python -m compileall -q raysegment tests  # every process of Ray imports them, and may not be allowed to keep what it compiled
 	touch $@
 
 demo: install
