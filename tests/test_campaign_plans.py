@@ -286,7 +286,7 @@ def test_what_is_not_finite_or_grows_ends_with_its_reason():
 def test_labels_and_means():
     assert smooth([1.0, 3.0, 5.0], 2) == [1.0, 2.0, 4.0]
     assert short([name for name in NAMES if name != "PSL"]) == "all but PSL"
-    assert short({"name": "deeplab", "deeplab": {"width": 8}}) == "deeplab 8"
+    assert short({"name": "deeplab", "deeplab": {"width": 8, "rates": [2, 4]}}) == "deeplab width 8 rates 2+4"
     assert Confirmed({}, (1.0, 3.0), (0.5, 0.5)).std == pytest.approx(math.sqrt(2))
 
 

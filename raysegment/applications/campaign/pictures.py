@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -92,12 +93,18 @@ def _slices(figure: Any, config: CampaignConfig, rows: Sequence[Row]) -> None:
             x = names.index(short(value)) if dimension.kind == "choice" else value
             axes.plot(x, row.value, "o", ms=5, alpha=0.75, color=_COLOURS.get(row.status, _OTHER))
         if dimension.kind == "choice":
-            axes.set_xticks(range(len(names)), names, fontsize=7, rotation=30 if max(map(len, names)) > 6 else 0)
+            _name_ticks(axes, names)
         elif dimension.kind == "log":
             axes.set_xscale("log")
         axes.set_xlabel(dimension.key, fontsize=8)
     panels[0].set_ylabel(config.metric)
     figure.suptitle("blue finished, yellow stopped early (value when stopped)", fontsize=8)
+
+
+def _name_ticks(axes: Any, names: Sequence[str]) -> None:
+    """Names below the axis; long ones aslant, in several lines, each ending at its own tick."""
+    aslant = {"rotation": 30, "ha": "right", "rotation_mode": "anchor"} if max(map(len, names)) > 6 else {}
+    axes.set_xticks(range(len(names)), [textwrap.fill(name, 24) for name in names], fontsize=7, **aslant)
 
 
 def _budget(figure: Any, config: CampaignConfig, rows: Sequence[Row]) -> None:
@@ -127,12 +134,17 @@ def smooth(values: list[float], width: int) -> list[float]:
 
 
 def short(value: Any) -> str:
-    """A value in a table or legend: most of the channels by those that are missing, a group by its values."""
+    """A value in a table or legend: most of the channels by those that are missing, a group by its name and keys."""
     if isinstance(value, Mapping):
-        return " ".join(short(item) for item in value.values())
+        return " ".join(_short_item(key, item) for key, item in value.items())
     if isinstance(value, list | tuple):
         return _short_list(value)
     return "" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _short_item(key: str, value: Any) -> str:
+    """`name` and groups speak for themselves."""
+    return short(value) if key == "name" or isinstance(value, Mapping) else f"{key} {short(value)}"
 
 
 def _short_list(values: Sequence[Any]) -> str:
