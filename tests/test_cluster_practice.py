@@ -32,6 +32,7 @@ from raysegment.applications.cluster.jobs import admit, environment, job_name, o
 from raysegment.applications.cluster.local import LocalOptions, members, start_words, up
 from raysegment.climate.checks import BadInput
 from raysegment.elastic.settings import plain
+from tests.campaigns import campaign_mapping
 from tests.helpers import ROOT
 from tests.small_training import config, write_shards
 
@@ -354,6 +355,27 @@ def test_a_stopped_job_ends_with_its_state_on_record(practice, tmp_path):
     committed = len(lines(tmp_path / "run" / "steps.jsonl"))
     assert f"stopped (SIGTERM) after {committed} of {20 * STEPS} steps" in said, said
     assert follower.returncode == 143
+
+
+@slow
+def test_a_campaign_as_a_job_goes_on_when_the_same_command_is_said_again(practice, tmp_path):
+    """Its driver is killed when the first of two trials has finished, which is not run again."""
+    file, journal = tmp_path / "campaign.yaml", tmp_path / "c" / "journal.jsonl"
+    file.write_text(yaml.safe_dump(campaign_mapping(tmp_path / "c", write_shards(tmp_path / "shards"), at_once=1)))
+    words, environment = practice.command("tune", str(file), "--json")
+    first = subprocess.Popen(words, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    until(lambda: any(line["event"] == "ended" for line in lines(journal)))
+    os.kill(driver_of(file), signal.SIGKILL)
+    said, _ = first.communicate(timeout=600)
+    assert first.returncode == 1, said
+    (ended,) = [line["trial"] for line in lines(journal) if line["event"] == "ended"]
+    begun = len(lines(journal))
+
+    status, again = practice.submit("tune", str(file), "--json")
+    assert status == 0, again
+    result = next(json.loads(line) for line in again.splitlines() if line.startswith('{"trials"'))
+    assert (result["trials"], result["finished"], result["failed"]) == (2, 2, 0)
+    assert ended not in [line["trial"] for line in lines(journal)[begun:] if line["event"] == "added"]
 
 
 @slow
