@@ -235,7 +235,8 @@ def test_a_trial_that_diverges_ends_with_its_reason_and_one_whose_worker_dies_go
 # ---------------------------------------------------------------- slow: killed at any time
 
 KILLS = int(os.environ.get("RAYSEGMENT_KILLS", "20"))
-ASHA = {"scheduler": "asha", "grace": 0.2, "reduction": 2, "at_once": 1, "search": {"learn.optim.lr": [1e-5, 1e-4, 1e-3, 3e-3, 1e-2]}}
+RATES = [1e-5, 1e-4, 1e-3, 3e-3, 1e-2]
+ASHA = {"scheduler": "asha", "grace": 0.2, "reduction": 2, "at_once": 1, "search": {"learn.optim.lr": RATES}}
 
 
 @pytest.mark.slow
