@@ -163,13 +163,16 @@ def test_trials_of_several_cells_one_after_the_other(tmp_path):
 @pytest.mark.timeout(1500)
 @pytest.mark.usefixtures("two_cpus")
 def test_a_paused_trial_goes_on_from_its_own_state(tmp_path):
-    """HyperBand pauses at a rung until the others of its bracket are there: no step of a promoted trial is done again."""
+    """HyperBand pauses at a rung until the others of its bracket are there: no step of a promoted trial is done again.
+
+    Its first bracket are two trials that train to the end at once, its second three, one of which does.
+    """
     shards = write_shards(tmp_path / "s")
     space = {"searcher": "random", "search": {"learn.optim.lr": {"log": [1e-6, 1e-2]}}, "scheduler": "hyperband"}
     train = {**SMALL, "shards": str(shards), "steps": 60}
-    settings = campaign(tmp_path / "c", shards, train=train, trials=3, grace=1 / 3, **space)
+    settings = campaign(tmp_path / "c", shards, train=train, trials=5, grace=1 / 3, **space)
     result = run_campaign(settings)
-    assert result["trials"] == 3 == result["finished"] + result["stopped_early"]
+    assert result["trials"] == 5 == result["finished"] + result["stopped_early"]
     assert result["stopped_early"] >= 1
     paused = [folder for folder in (tmp_path / "c" / "trials").iterdir() if len(lives(folder)) > 1]
     assert paused, "no trial was paused"

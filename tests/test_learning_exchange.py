@@ -144,6 +144,13 @@ def test_any_number_that_is_not_finite_is_seen(mode, bad):
     assert conversation(Solo(), mode, [(1, torch.ones(3), 1.0)], 1)[0].summable
 
 
+@pytest.mark.parametrize("loss", [1e6, 1e12, 3e38])
+def test_a_huge_loss_is_told_as_huge(loss):
+    """Two of 1e12 once made the sum of integers 0, so that a run that had diverged seemed to have learnt everything."""
+    head, *_ = conversation(Solo(), "exact", [(1, torch.ones(3), loss), (1, torch.ones(3), loss)], 1)
+    assert 2.0**18 <= head.loss <= loss
+
+
 @given(
     value=st.floats(0, allow_infinity=False, allow_nan=False, width=32),
     micro_batches=st.integers(1, 1 << 20),

@@ -42,6 +42,7 @@ from raysegment.learning.buckets import GRADIENTS, Bucket, Segment, apart
 MODES = ("exact", "exact64", "fast")
 WIRES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 _LOSS_BITS = 24  # the loss travels as an integer multiple of 2^-24
+_MOST_LOSS = 2.0**18  # told of a larger one: the sum over fewer than 2^21 tiles stays within 63 bits
 _NOT_FINITE = 0x7F800000  # float32 infinity as an integer; not-a-numbers are above it
 _CHUNK = 1 << 17  # values that are rounded at a time on CPUs: they stay in cache from one operation to the next
 _BEHIND = 2  # buckets that are asked about before the first of them is rounded: waiting for less would make members wait
@@ -128,7 +129,7 @@ class Head:
     positions: int
     position_sum: int  # Σ (position − cursor)
     used: int  # positions whose tile was usable
-    loss: float  # mean over the usable tiles of the world; not a number without any
+    loss: float  # mean over the usable tiles of the world, each told as 2^18 at most; not a number without any
     finite: bool
     signals: int  # Σ of what the members wished to say, 64 bits
 
@@ -167,13 +168,17 @@ class Tally:
             self.losses.append((loss.detach(), used))
 
     def message(self, device: torch.device) -> Tensor:
-        """What is added up over the members: five counts and Σ loss · tiles in units of 2^-24, (6,) int64."""
+        """What is added up over the members: five counts and Σ loss · tiles in units of 2^-24, (6,) int64.
+
+        A finite loss counts as `_MOST_LOSS` at most; beyond 63 bits it would become any number, 0 for one.
+        """
         counts = torch.tensor([self.position_sum, self.positions, self.used, self.signal, 0, 0], dtype=torch.int64)
         message = counts.to(device)
         for loss, used in self.losses:
             fine = torch.isfinite(loss)
             message[4] += ~fine
-            message[5] += torch.where(fine, loss.double() * (used * 2**_LOSS_BITS), 0.0).round_().to(torch.int64)
+            told = loss.double().clamp(-_MOST_LOSS, _MOST_LOSS) * (used * 2**_LOSS_BITS)
+            message[5] += torch.where(fine, told, 0.0).round_().to(torch.int64)
         return message
 
 
