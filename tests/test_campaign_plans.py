@@ -277,7 +277,8 @@ def test_metrics_of_a_log():
 
 def test_what_is_not_finite_or_grows_ends_with_its_reason():
     assert "not finite after 3 steps" in read("loss", 0, 10, 3, *log([1.0, 2.0, None], {})).ends
-    assert "diverged: 30 after 3 steps, 11 at first" not in read("loss", 0, 3, 3, *log([1.0, 2.0, 30.0], {})).ends
+    assert "diverged: 30 after 3 steps, 1 at first" in read("loss", 0, 10, 3, *log([1.0, 2.0, 30.0], {})).ends
+    assert "diverged" in read("loss", 0, 10, 4, *log([1.5, 2.0**18, 2.0**18, 2.0**18], {})).ends, "already in the second step"
     assert "diverged" in read("loss", 0, 10, 40, *log([1.0] * 20 + [30.0] * 20, {})).ends
     assert read("loss", 0, 10, 40, *log([1.0] * 40, {})).ends == ""
     assert recent_loss([]) == math.inf

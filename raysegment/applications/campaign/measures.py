@@ -14,7 +14,6 @@ from raysegment.climate.checks import BadInput
 VALIDATED = ("mean_iou", "mlperf_iou", *(f"iou_{name}" for name in CLASSES))
 METRICS = ("loss", *VALIDATED, "seconds_to_iou")
 WORST = 1e9  # schedulers compare numbers: what is not finite, or never comes, is this bad
-_FIRST = 5  # steps whose mean loss is the first
 
 Lines = Sequence[Mapping[str, Any]]
 
@@ -86,6 +85,5 @@ def recent_loss(steps: Lines) -> float:
 
 
 def first_loss(steps: Lines) -> float:
-    """Mean loss of the first steps; infinite when none was finite."""
-    losses = [step["loss"] for step in steps[:_FIRST] if step["loss"] is not None]
-    return sum(losses) / len(losses) if losses else math.inf
+    """The first finite loss, that of fresh weights (a mean over more steps may hold the divergence); infinite without one."""
+    return next((step["loss"] for step in steps if step["loss"] is not None), math.inf)
