@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -106,6 +107,21 @@ def test_the_summary_counts_what_was_learnt_from():
     assert (summary["flop_s"]["peak"], summary["flop_s"]["p16"]) == (4e9, 2e9)
     nothing = summarise([{**rest, **lines[1], "loss": None}], 1e9)
     assert (nothing["samples_per_s"], nothing["flop_s"]["sustained"]) == (0.0, 0.0)
+
+
+def test_a_folder_stays_the_runs_until_it_is_gone_or_anothers(tmp_path, monkeypatch):
+    run = Run(tmp_path / "run")
+    run.folder.mkdir()
+    key = run.key
+    assert run.is_still(key)
+    with monkeypatch.context() as away:
+        away.setattr(Path, "read_text", lambda *_: (_ for _ in ()).throw(OSError(116, "Stale file handle")))
+        assert run.is_still(key)
+    run.folder.rename(tmp_path / "elsewhere")
+    assert not run.is_still(key)
+    run.folder.mkdir()
+    assert run.key != key
+    assert not run.is_still(key)
 
 
 def test_another_configuration_is_refused_by_name(tmp_path):

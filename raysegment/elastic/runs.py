@@ -93,9 +93,12 @@ class Run:
 
     def is_still(self, key: str) -> bool:
         """Whether the folder is that run's: it may have been removed meanwhile, and another run begun in its place."""
-        with suppress(OSError, ValueError, KeyError):
+        try:
             return json.loads((self.folder / "run.json").read_text())["id"] == key
-        return False
+        except FileNotFoundError:
+            return False
+        except (OSError, ValueError, KeyError):  # a file system that is away for a moment says nothing of it
+            return True
 
     def finished(self) -> dict[str, Any] | None:
         """The summary, when the run is complete."""
