@@ -101,6 +101,30 @@ def test_a_file_that_is_evicted_stays_readable_for_its_reader(folder, tmp_path):
         assert file.read() == (folder / "part-00000.arrow").read_bytes()
 
 
+def test_a_shard_that_goes_at_the_worst_moment_is_fetched_again(folder, tmp_path, monkeypatch):
+    """Another process fetches it while this one waits for the lock, and evicts it before this one opens it."""
+    shards, evicted, plain = open_cache(folder, tmp_path, 0.1), [], os.open
+
+    class Lock(cache.FileLock):
+        def __enter__(self):
+            if self.lock_file.endswith(".arrow.lock"):
+                shutil.copy(folder / shards.path(0).name, shards.path(0))
+            return super().__enter__()
+
+    def evicting(path, *arguments):
+        if path == shards.path(0) and shards.path(0).exists():
+            shards.path(0).unlink()
+            evicted.append(path)
+        return plain(path, *arguments)
+
+    monkeypatch.setattr(cache, "FileLock", Lock)
+    monkeypatch.setattr(cache.os, "open", evicting)
+    handle = shards.open(0)
+    assert evicted
+    assert os.pread(handle, shards.manifest.shards[0].bytes, 0) == (folder / "part-00000.arrow").read_bytes()
+    os.close(handle)
+
+
 def _fetch_all(folder: Path, root: Path, log: Path) -> None:
     plain = Place.fetch
 

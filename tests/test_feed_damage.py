@@ -264,3 +264,24 @@ def test_a_damaged_copy_in_the_cache_is_fetched_anew(folder, tmp_path, intact):
     copy.unlink()
     with pytest.raises(Damaged, match="tile 1 has CRC-32"):
         again.read(5, *arrays())
+
+
+def test_a_damaged_copy_that_is_evicted_meanwhile_says_nothing_of_its_source(folder, tmp_path, intact, monkeypatch):
+    store = TileStore(Source(str(folder), str(tmp_path / "cache")))
+    assert store.prepare(list(range(TILES))) == TILES
+    copy, plain, evicted = store.files.path(1), TileReader.read, []
+    flip(copy, store.manifest.shards[1].offsets[0] + 2000)
+
+    def evicting(self, *arguments):
+        try:
+            plain(self, *arguments)
+        except Damaged:
+            copy.unlink()
+            evicted.append(copy)
+            raise
+
+    monkeypatch.setattr(TileReader, "read", evicting)
+    fields, mask = arrays()
+    TileStore(Source(str(folder), str(tmp_path / "cache"))).read(4, fields, mask)
+    assert evicted == [copy]
+    np.testing.assert_array_equal(fields, open_shards(intact).tile(4).fields)

@@ -58,10 +58,12 @@ class ShardCache:
         """A file descriptor of a shard, fetched when it is not here; FileNotFoundError when the source has none."""
         path = self.path(shard)
         try:
-            return os.open(path, os.O_RDONLY)
-        except FileNotFoundError:
-            with FileLock(f"{path}{_LOCK}"):
-                return os.open(path, os.O_RDONLY) if path.exists() else self._fetch(shard, path)
+            handle = _opened(path)
+            if handle is None:
+                with FileLock(f"{path}{_LOCK}"):
+                    handle = _opened(path)
+                    return self._fetch(shard, path) if handle is None else handle
+            return handle
         finally:
             self.used(shard)
 
@@ -93,6 +95,14 @@ class ShardCache:
             return handle
         finally:
             temporary.unlink(missing_ok=True)
+
+
+def _opened(path: Path) -> int | None:
+    """A descriptor of a file, None when it is not here; not asked for first: it can be evicted at any moment."""
+    try:
+        return os.open(path, os.O_RDONLY)
+    except FileNotFoundError:
+        return None
 
 
 def make_room(root: Path, count: int, limit_bytes: int) -> None:

@@ -77,10 +77,10 @@ class TileStore:
         try:
             self._reader.read(number, fields, mask)
         except Damaged:
-            shard, _ = self.manifest.find(number)
-            if self.cache is None or not self.cache.holds(shard):
+            if self.cache is None:
                 raise
-            self.cache.discard(shard)
+            shard, _ = self.manifest.find(number)
+            self.cache.discard(shard)  # it may have been evicted already: what is wrong with a copy says nothing of the source
             self._reader.read(number, fields, mask)
 
     def here(self, number: int) -> bool:
