@@ -26,34 +26,36 @@ STEPS = 1200
 
 @pytest.fixture(scope="module")
 def dashboard() -> Iterator[str]:
-    """The address of a local Ray's dashboard, which takes jobs."""
+    """The address of a local Ray's dashboard, which takes jobs; their `python` is the one that runs this."""
     ray.shutdown()
-    context: Any = ray.init(
-        address="local", num_cpus=2, include_dashboard=True, runtime_env={"env_vars": worker_environment()}, log_to_driver=False
-    )
-    yield f"http://{context.dashboard_url}"
-    ray.shutdown()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
+        options = {"runtime_env": {"env_vars": worker_environment()}, "log_to_driver": False}
+        context: Any = ray.init(address="local", num_cpus=2, include_dashboard=True, **options)
+        yield f"http://{context.dashboard_url}"
+        ray.shutdown()
 
 
 def lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
-def until(happened: Callable[[], bool], patience_s: float = 120.0) -> None:
+def until(happened: Callable[[], bool], patience_s: float = 120.0, said: Path | None = None) -> None:
     end = time.monotonic() + patience_s
     while not happened():
-        assert time.monotonic() < end, "it did not happen"
+        assert time.monotonic() < end, said.read_text() if said else "it did not happen"
         time.sleep(0.05)
 
 
-def submit(dashboard: str, name: str, *words: str) -> JobSubmissionClient:
-    """`cluster/submit.sh`, as far as the cluster's answer; the client that can ask for the job."""
+def submit(dashboard: str, said: Path, *words: str) -> JobSubmissionClient:
+    """`cluster/submit.sh`, as far as the cluster's answer; the client that can ask for the job. What it says is in `said`."""
+    name = said.stem
     client = JobSubmissionClient(dashboard)
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    environment = {**os.environ, "RAY_ADDRESS": dashboard, "SUBMISSION_ID": name, "PATH": path}
+    environment = {**os.environ, "RAY_ADDRESS": dashboard, "SUBMISSION_ID": name}
     command = ["bash", str(ROOT / "cluster" / "submit.sh"), *words]
-    subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    until(lambda: any(job.submission_id == name for job in client.list_jobs()))
+    with said.open("w") as file:
+        subprocess.Popen(command, env=environment, stdout=file, stderr=subprocess.STDOUT)
+    until(lambda: any(job.submission_id == name for job in client.list_jobs()), said=said)
     return client
 
 
@@ -69,8 +71,8 @@ def test_a_job_that_is_stopped_ends_with_its_state_on_record_and_goes_on_when_su
         "elastic.workers_per_cell=1",
     ]
 
-    first = submit(dashboard, "first", *words)
-    until(lambda: len(lines(out / "steps.jsonl")) > 30)
+    first = submit(dashboard, tmp_path / "first.log", *words)
+    until(lambda: len(lines(out / "steps.jsonl")) > 30, said=tmp_path / "first.log")
     first.stop_job("first")
     until(lambda: first.get_job_status("first") == JobStatus.STOPPED)
     committed = len(lines(out / "steps.jsonl"))
@@ -78,7 +80,7 @@ def test_a_job_that_is_stopped_ends_with_its_state_on_record_and_goes_on_when_su
     assert f"stopped (SIGTERM) after {committed} of {STEPS} steps" in first.get_job_logs("first")
     begun = len(lines(out / "events.jsonl"))
 
-    second = submit(dashboard, "second", *words)
+    second = submit(dashboard, tmp_path / "second.log", *words)
     until(lambda: second.get_job_status("second").is_terminal(), 300)
     assert second.get_job_status("second") == JobStatus.SUCCEEDED, second.get_job_logs("second")
     ready = [event for event in lines(out / "events.jsonl")[begun:] if event["event"] == "ready"]
