@@ -36,13 +36,9 @@ fi
 admitted=0
 answer="$(jobs admit "${SUBMISSION_ID:-}" "${WORKING_DIR:-}" "$@")" || admitted=$?
 id="${answer%%$'\n'*}" environment="${answer#*$'\n'}"
-submit() {
-    # the limit is what an upload may have, and for this program alone
-    RAY_max_grpc_message_size=5000000 ray job submit --address "$RAY_ADDRESS" --submission-id "$id" \
-        --runtime-env-json "$environment" "${upload[@]}" -- python -m raysegment "$@"
-}
 case $admitted in
-0) submit "$@" || true ;;
+0) ray job submit --address "$RAY_ADDRESS" --submission-id "$id" --runtime-env-json "$environment" "${upload[@]}" -- \
+    python -m raysegment "$@" || true ;;
 3) ray job logs --address "$RAY_ADDRESS" --follow "$id" || true ;;
 *) exit "$admitted" ;;
 esac

@@ -11,13 +11,11 @@ import ssl
 import stat
 import subprocess
 import sys
-import tempfile
 import time
 import urllib.error
 import urllib.request
 import zipfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -25,15 +23,16 @@ from typing import Any
 import pytest
 import yaml
 from ray._private.runtime_env import packaging
-from ray.job_submission import JobStatus, JobSubmissionClient
+from ray.job_submission import JobStatus
 
 from raysegment.applications.cluster.certificates import make_certificates
-from raysegment.applications.cluster.jobs import admit, environment, job_name, outcome
+from raysegment.applications.cluster.jobs import UPLOAD_BYTES, admit, check_upload, environment, job_name, outcome
 from raysegment.applications.cluster.local import LocalOptions, members, start_words, up
 from raysegment.climate.checks import BadInput
 from raysegment.elastic.settings import plain
 from tests.campaigns import campaign_mapping
 from tests.helpers import ROOT
+from tests.practice import Practice, raised, run
 from tests.small_training import config, write_shards
 
 STEPS = 240
@@ -161,76 +160,26 @@ def test_what_is_uploaded_of_a_folder_is_its_code_and_small(tmp_path):
 
     assert uploaded(tmp_path / "code", tmp_path / "code.zip") == ["raysegment/__main__.py", "run.yaml"]
     assert {"raysegment/cli.py", "raysegment/configs/small.yaml"} <= set(uploaded(ROOT, tmp_path / "own.zip"))
-    assert (tmp_path / "own.zip").stat().st_size < 5_000_000
+    assert (tmp_path / "own.zip").stat().st_size < UPLOAD_BYTES
+    check_upload(str(ROOT))
+    (tmp_path / "code" / "large.bin").write_bytes(os.urandom(UPLOAD_BYTES))
+    with pytest.raises(BadInput, match=r"WORKING_DIR: expected at most 5 MB .* got 5.0 MB in .*, largest large.bin \(5.0 MB\)"):
+        check_upload(str(tmp_path / "code"))
 
 
 # ---------------------------------------------------------------- with one
 
 
-@dataclass(frozen=True)
-class Practice:
-    """A practice cluster that is up; `environment` is what its user has exported."""
-
-    folder: Path
-    environment: dict[str, str]
-
-    def local(self, *words: str) -> tuple[int, str, str]:
-        return run(["bash", str(ROOT / "cluster" / "local.sh"), *words], self.environment)
-
-    def command(self, *words: str, **more: str) -> tuple[list[str], dict[str, str]]:
-        return ["bash", str(ROOT / "cluster" / "submit.sh"), *words], {**self.environment, **more}
-
-    def submit(self, *words: str, **more: str) -> tuple[int, str]:
-        """`cluster/submit.sh`, to its end: the status, and what it said."""
-        status, out, err = run(*self.command(*words, **more))
-        return status, out + err
-
-    def client(self) -> JobSubmissionClient:
-        return JobSubmissionClient(self.environment["RAY_ADDRESS"], headers={"Authorization": f"Bearer {self.token}"})
-
-    @property
-    def token(self) -> str:
-        return Path(self.environment["RAY_AUTH_TOKEN_PATH"]).read_text()
-
-    @property
-    def address(self) -> str:
-        return self.state["nodes"][0]["address"] + f":{self.state['nodes'][0]['port']}"
-
-    @property
-    def state(self) -> dict[str, Any]:
-        return json.loads((self.folder / "cluster.json").read_text())
-
-
-def run(words: list[str], environment: dict[str, str]) -> tuple[int, str, str]:
-    done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=900)
-    return done.returncode, done.stdout, done.stderr
-
-
-def raised(*words: str) -> Iterator[Practice]:
-    """A practice cluster of two nodes, ended in the end."""
-    folder = Path(tempfile.mkdtemp(prefix="rs-", dir="/tmp"))  # sockets have short paths
-    kept = {key: value for key, value in os.environ.items() if not key.startswith(("RAY_", "RAYSEGMENT_"))}
-    programs = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    environment = {**kept, "PATH": programs, "RAYSEGMENT_CLUSTER": str(folder / "c"), "HOME": str(folder)}
-    practice = Practice(folder / "c", environment)
-    try:
-        status, out, said = practice.local("up", "2", "cpus=2", *words)
-        assert status == 0, said
-        exported = dict(line.removeprefix("export ").split("=", 1) for line in out.splitlines())
-        yield Practice(folder / "c", {**environment, **exported})
-    finally:
-        practice.local("down")
-        shutil.rmtree(folder)
-
-
 @pytest.fixture(scope="module")
 def practice() -> Iterator[Practice]:
-    yield from raised()
+    with raised() as cluster:
+        yield cluster
 
 
 @pytest.fixture(scope="module")
 def encrypted() -> Iterator[Practice]:
-    yield from raised("--tls")
+    with raised("--tls") as cluster:
+        yield cluster
 
 
 def slow(test: Callable[..., None]) -> Callable[..., None]:
@@ -282,7 +231,7 @@ def test_each_node_is_a_process_of_its_own_and_up_is_said_once(practice):
 @slow
 def test_who_has_no_token_is_refused(practice):
     for path in ("/api/jobs/", "/api/v0/nodes", "/api/version"):
-        codes = [status_code(practice.environment["RAY_ADDRESS"] + path, token) for token in (None, "of-another", practice.token)]
+        codes = [status_code(practice.dashboard + path, token) for token in (None, "of-another", practice.token)]
         assert codes == [401, 403, 200], path
     script = f"import ray; ray.init({practice.address!r}, log_to_driver=False); print('in')"
     bare = {key: value for key, value in practice.environment.items() if not key.startswith("RAY_")}
@@ -389,8 +338,8 @@ def test_the_code_of_a_working_directory_goes_before_the_installed_one(practice,
     print([line for line in said.splitlines() if "Pushing" in line or "package" in line])
     (code / "large.bin").write_bytes(os.urandom(6_000_000))
     status, said = practice.submit("inspect", "b", WORKING_DIR=str(code), SUBMISSION_ID="too-large")
-    assert status != 0
-    assert "exceeds the maximum size" in said, said
+    assert (status, "WORKING_DIR: expected at most 5 MB" in said) == (2, True), said
+    assert "too-large" not in {job.submission_id for job in practice.client().list_jobs()}
 
 
 @slow

@@ -14,13 +14,18 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import shlex
 import sys
+import tempfile
 import time
+import zipfile
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
+from ray._private.runtime_env.packaging import create_package
 from ray.exceptions import AuthenticationError
 from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 
@@ -54,6 +59,7 @@ EXCLUDED = (  # of an uploaded working directory: what is large, what can be mad
     "*.pem",
     "*.key",
 )
+UPLOAD_BYTES = 5_000_000  # at most, packed: code is small, and every node that has a part of the job fetches it
 _SETTLE_S = 20.0
 _LOOK_EVERY_S = 0.2
 
@@ -67,6 +73,21 @@ def environment(working_dir: str = "") -> dict[str, Any]:
     """A job's runtime environment: one variable, nothing to install; and what of a folder to upload stays here."""
     variables: dict[str, Any] = {"env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": str(STOP_S)}}
     return {**variables, "excludes": list(EXCLUDED)} if working_dir else variables
+
+
+def check_upload(working_dir: str) -> None:
+    """BadInput where what is to be uploaded of a folder is too much. (The job server's own limit is 500 MiB.)"""
+    with tempfile.TemporaryDirectory() as place:
+        package, quiet = Path(place) / "package.zip", logging.Logger("packing", logging.ERROR)
+        create_package(working_dir, package, include_gitignore=True, excludes=list(EXCLUDED), logger=quiet)
+        size = package.stat().st_size
+        if size > UPLOAD_BYTES:
+            with zipfile.ZipFile(package) as content:
+                files = sorted(content.infolist(), key=lambda file: file.compress_size, reverse=True)
+            largest = ", ".join(f"{file.filename} ({file.compress_size / 1e6:.1f} MB)" for file in files[:3])
+            got = f"{size / 1e6:.1f} MB in {working_dir}, largest {largest}"
+            remedy = "Name what no job needs in its .gitignore or .rayignore."
+            raise BadInput("WORKING_DIR", f"at most {UPLOAD_BYTES / 1e6:g} MB of code, packed", got, remedy)
 
 
 def admit(client: JobSubmissionClient, job: str, words: Sequence[str]) -> bool:
@@ -130,6 +151,8 @@ def main(arguments: Sequence[str]) -> int:
         match list(arguments):
             case ["admit", job, folder, *words]:
                 job = job or job_name(words)
+                if folder:
+                    check_upload(folder)
                 print(job, json.dumps(environment(folder)), sep="\n")
                 return 0 if admit(_client(), job, [*COMMAND, *words]) else FOLLOW
             case ["status", job]:
