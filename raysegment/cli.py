@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from rich.filesize import decimal
 
 from raysegment import config
 from raysegment.applications.agreement import agreement
@@ -245,7 +246,8 @@ def _stage(options: argparse.Namespace, console: Console) -> dict[str, Any]:
     with console.phase("stage") as report:
         result = stage(options.sources, options.masks, options.out, settings, options.max_skipped, report)
     print(f"{result.tiles} tiles of {result.snapshots} snapshots in {result.shards} shards: {result.out}")
-    print(f"read {result.bytes_read >> 20} of {result.source_bytes >> 20} MiB needed, {result.parts_reused} parts were there")
+    read, needed = decimal(result.bytes_read), decimal(result.source_bytes)
+    print(f"read {read} of {needed} needed, {result.parts_reused} parts were there")
     return asdict(result)
 
 

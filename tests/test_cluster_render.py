@@ -20,11 +20,13 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
+from raysegment import config as configuration
 from raysegment.applications.cluster.nodes import DrainOptions, WaitOptions, drain, wait_for_nodes
+from raysegment.applications.cluster.options import JobOptions
 from raysegment.applications.cluster.render import render
 from raysegment.cli import VERBS
 from raysegment.climate.checks import BadInput
-from raysegment.elastic.settings import plain
+from raysegment.elastic.settings import TrainConfig, plain
 from tests.fake_scheduler import FakeScheduler
 from tests.helpers import ROOT
 from tests.kuberay_v1 import problems
@@ -245,6 +247,14 @@ def test_examples_are_what_is_rendered_now(path):
     (command,) = [line for line in text.splitlines() if "raysegment cluster render" in line]
     system, *words = shlex.split(command.lstrip("# "))[3:]
     assert render(system, words, NAMES) == text, f"render again: {command.lstrip('# ')} --out {path}"
+
+
+@pytest.mark.parametrize("gpus", [0, 4])
+def test_a_shipped_configuration_takes_the_cells_that_are_rendered(gpus):
+    words = JobOptions(run="train small shards=/data/shards out=/data/runs/a", nodes=3, min=2, gpus=gpus).words(NAMES)
+    shipped = ROOT / "raysegment" / "configs" / f"{words[1]}.yaml"
+    asked = configuration.load(TrainConfig, configuration.apply_overrides(configuration.read_yaml(shipped), words[2:]))
+    assert (asked.elastic.cells, asked.workers_per_cell, asked.members) == ((2, 3), max(1, gpus), 3 * max(1, gpus))
 
 
 def test_the_image_has_the_pinned_versions_and_no_rights():

@@ -154,7 +154,7 @@ class Campaign:
 
     def _hurt(self, job: Job, striker: Striker, kinds: Kinds) -> None:
         watch = Watch(job, striker, self.settings.patience_s)
-        full = self.config.elastic.cells[1] * self.config.workers_per_cell
+        full = self.config.members
         ready = Ready(full, self.reference["steps"], not self.settings.minutes)
         while watch.goes_on():
             striker.mend()

@@ -87,9 +87,9 @@ class Roster:
         self.key = self.run.key
         self.log = StepLog(self.run.steps)
         self.verdict = Verdict(config.max_fruitless)
-        least, most = elastic.cells[0] * config.workers_per_cell, elastic.cells[1] * config.workers_per_cell
+        least = elastic.cells[0] * config.workers_per_cell
         self.assembly = Assembly(
-            self.ladder, least, most, logged=self.log.high_water + 1, eject_stragglers=elastic.eject_stragglers
+            self.ladder, least, config.members, logged=self.log.high_water + 1, eject_stragglers=elastic.eject_stragglers
         )
         before = self._journal()
         self.assembly.resume(before["generation"], before["members"] if resume else [], time.monotonic())

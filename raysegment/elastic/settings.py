@@ -50,8 +50,8 @@ class ElasticConfig:
     """The fleet: how many cells of how many workers, and how patient it is.
 
     `cells` (least, most): training goes on while at least `least` are there, and takes up to `most` as there is room. A cell
-    is a Ray Train `TorchTrainer` with a fixed number of workers on one node: `workers_per_cell`, where 0 means one cell of
-    the run's `workers`, on one node or several. All time limits follow from `patience_s` (see `elastic.ladder`).
+    is a Ray Train `TorchTrainer` with a fixed number of workers on one node: `workers_per_cell`, or where that is 0 the run's
+    `workers`, of which a single cell's may be on several nodes. All time limits follow from `patience_s` (see `elastic.ladder`).
     `eject_stragglers`: members more than three times slower than the median over 20 steps are replaced, not only named.
     """
 
@@ -127,8 +127,6 @@ class TrainConfig:
             raise ValueError(
                 f"expected max_failures >= -1 and max_fruitless >= 1, got {self.max_failures} and {self.max_fruitless}"
             )
-        if self.elastic.workers_per_cell and self.workers not in (1, self.elastic.workers_per_cell):
-            raise ValueError(f"workers: expected elastic.workers_per_cell alone, got workers={self.workers} beside it")
         plan = Plan.parse(self.chaos)
         if self.elastic.cells[1] == 1 and "driver" in {*(fault.kind for fault in plan.faults), *plan.kinds}:
             raise ValueError("chaos: expected several cells for `driver`, whose death is the run's where there is one")
@@ -137,6 +135,11 @@ class TrainConfig:
     def workers_per_cell(self) -> int:
         """Workers of each cell."""
         return self.elastic.workers_per_cell or self.workers
+
+    @property
+    def members(self) -> int:
+        """Workers of all cells, at most."""
+        return self.elastic.cells[1] * self.workers_per_cell
 
     @property
     def checkpoint_place(self) -> str:

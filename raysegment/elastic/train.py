@@ -71,7 +71,7 @@ def _train(
     ensure_ray()
     room = _room(config)
     ladder = _ladder(config)
-    for line in ladder.lines():
+    for line in (*ladder.lines(), *idle(config)):
         say(line)
     resumed_from = newest_valid(config.checkpoint_place)
     run.event(
@@ -98,6 +98,14 @@ def _train(
     run.event("end", steps=config.steps)
     run.finish(summary)
     return summary
+
+
+def idle(config: TrainConfig) -> list[str]:
+    """What is said where some members have nothing to do: a micro-batch is computed by one of them."""
+    busy = config.learn.micro_batches
+    if config.members <= busy:
+        return []
+    return [f"learn.global_batch: {busy} micro-batches a step keep {busy} members busy, and there may be {config.members}"]
 
 
 @contextmanager
