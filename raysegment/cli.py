@@ -696,7 +696,9 @@ def _local(words: Sequence[str], console: Console) -> dict[str, Any]:
         case ["status"]:
             return _exported(read_cluster(), status(), console)
         case ["down"]:
-            return down()
+            variables, ended = " ".join(read_cluster().environment()), down()
+            console.say(f"{ended['nodes']} node(s) gone, with all that was theirs; in this shell: unset {variables}")
+            return ended
     raise BadInput("cluster local", "up N, status or down", " ".join(words) or "nothing", "Write for example local up 3 cpus=1.")
 
 

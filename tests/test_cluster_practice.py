@@ -199,6 +199,7 @@ def until(happened: Callable[[], object], patience_s: float = 900.0) -> None:
 
 def training(folder: Path, steps: int = STEPS) -> list[str]:
     """The words of a training run of one or two members."""
+    folder.mkdir(exist_ok=True)
     settings = plain(config(write_shards(folder / "shards"), folder / "run", steps=steps, cpus_per_worker=1))
     (folder / "run.yaml").write_text(yaml.safe_dump(settings))
     return ["train", str(folder / "run.yaml"), "elastic.cells=[1,2]", "elastic.workers_per_cell=1"]
@@ -259,6 +260,8 @@ def test_the_status_tells_bad_input_from_failure(practice, tmp_path):
     assert (status, "expected a file or a folder, got no such path" in said) == (2, True), said
     assert practice.submit(RAY_ADDRESS="")[0] == 2
     assert practice.submit("inspect", "a", RAY_ADDRESS="")[0] == 2
+    status, _, said = run([sys.executable, "-m", "raysegment", *training(tmp_path / "here")], practice.environment)
+    assert (status, "got a dashboard's" in said) == (2, True), said
     assert practice.submit("inspect", "a", WORKING_DIR=str(tmp_path / "nothing"))[0] == 2
 
 

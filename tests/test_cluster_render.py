@@ -497,3 +497,6 @@ def test_a_node_is_drained_by_its_address(monkeypatch):
     assert clock.now == 20, "the members' time to leave"
     with pytest.raises(BadInput, match=r"192\.0\.2\.3"):
         drain(DrainOptions("192.0.2.3"), lambda: nodes, clock.sleep)
+    monkeypatch.setenv("RAY_ADDRESS", "http://192.0.2.1:8265")
+    with pytest.raises(BadInput, match=r"RAY_ADDRESS: expected .*, HEAD:PORT, got a dashboard's, .*submit\.sh"):
+        drain(DrainOptions("192.0.2.2"), lambda: nodes, clock.sleep)

@@ -38,7 +38,8 @@ _LISTED = 200  # events that are listed
 _TOLD = ("lost", "node_lost", "fault", "failure", "save_failed", "checkpoint_failed", "replace", "straggler",
          "roster_restarted", "memory_off", "fenced", "stop", "start", "end")  # fmt: skip
 _STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; color: #1b1f24; background: #fff; margin: 2rem auto; max-width: 70rem }
+body { font: 15px/1.5 system-ui, sans-serif; color: #1b1f24; background: #fff }
+body { margin: 2rem auto; padding: 0 1rem; max-width: 70rem }
 h1 { margin-bottom: 0 } h2 { margin-top: 2.2rem; border-bottom: 1px solid #ccd2d9 }
 img { max-width: 100%; height: auto } figure { margin: 1rem 0 } figcaption { color: #57606a }
 table { border-collapse: collapse; font-size: 13px }

@@ -7,26 +7,36 @@ import os
 
 import ray
 
+from raysegment.climate.checks import BadInput
+
 
 def ensure_ray(num_cpus: int | None = None, resources: dict[str, float] | None = None, log_to_driver: bool = False) -> None:
     """Connect to Ray unless this process already is: RAY_ADDRESS (set in submitted jobs) or else a fresh local Ray.
 
     `address="local"` never joins a cluster that somebody else left behind on the machine. The dashboard stays on:
-    without it Ray Train never returns the placement groups of trials that Tune stopped.
+    without it Ray Train never returns the placement groups of trials that Tune stopped. BadInput where RAY_ADDRESS is none.
     """
     if ray.is_initialized():
         return
     quiet_data()
     for name, value in _driver_environment().items():
         os.environ.setdefault(name, value)
-    if os.environ.get("RAY_ADDRESS"):
-        environment = {"env_vars": worker_environment()}
-        ray.init(address=os.environ["RAY_ADDRESS"], runtime_env=environment, log_to_driver=log_to_driver)
+    if address := ray_address():
+        ray.init(address=address, runtime_env={"env_vars": worker_environment()}, log_to_driver=log_to_driver)
         return
     os.environ.update(worker_environment())  # inherited; a runtime_env would leave the processes started ahead unused
     ray.init(
         address="local", num_cpus=num_cpus, resources=resources, log_to_driver=log_to_driver, logging_level=logging.WARNING
     )
+
+
+def ray_address() -> str:
+    """RAY_ADDRESS, "" where it is not set. BadInput where it is a dashboard's, which takes jobs but no drivers."""
+    address = os.environ.get("RAY_ADDRESS", "")
+    if address.startswith(("http://", "https://")):
+        remedy = "Submit the command with cluster/submit.sh, set RAY_ADDRESS=HEAD:PORT, or unset it for a local Ray."
+        raise BadInput("RAY_ADDRESS", "the Ray that this command is to use, HEAD:PORT", f"a dashboard's, {address}", remedy)
+    return address
 
 
 def quiet_data() -> None:

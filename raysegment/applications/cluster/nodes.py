@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import subprocess
 import sys
 import time
@@ -15,6 +14,7 @@ import ray
 from ray.util import get_node_ip_address
 
 from raysegment.climate.checks import BadInput
+from raysegment.feed.session import ray_address
 
 Nodes = Callable[[], list[dict[str, Any]]]
 
@@ -110,7 +110,7 @@ def living() -> list[dict[str, Any]]:
 
 
 def _address() -> str:
-    address = os.environ.get("RAY_ADDRESS", "")
+    address = ray_address()
     if not address:
         raise BadInput("RAY_ADDRESS", "the cluster's address", "nothing", "Set RAY_ADDRESS=HEAD:PORT.")
     return address
