@@ -26,11 +26,11 @@ from raysegment.applications.cluster.options import JobOptions
 from raysegment.applications.cluster.render import render
 from raysegment.cli import VERBS
 from raysegment.climate.checks import BadInput
-from raysegment.elastic.settings import TrainConfig, plain
+from raysegment.elastic.settings import TrainConfig
 from tests.fake_scheduler import FakeScheduler
 from tests.helpers import ROOT
 from tests.kuberay_v1 import problems
-from tests.small_training import config, write_shards
+from tests.small_training import write_shards
 
 NAMES = [verb.name for verb in VERBS]
 RUN = "run=train small shards=/data/shards out=/data/runs/a"
@@ -275,10 +275,8 @@ def test_the_image_has_the_pinned_versions_and_no_rights():
 def test_a_rendered_script_trains_on_two_nodes_of_ray(tmp_path):
     """The batch system is the fake one; head, node, token, waiting, training and the end are real."""
     job = str(os.getpid())
-    shards = write_shards(tmp_path / "shards")
-    settings = config(shards, tmp_path / "run", cpus_per_worker=1)
-    (tmp_path / "config.yaml").write_text(yaml.safe_dump(plain(settings)))
-    command = f"run=train {tmp_path}/config.yaml out={tmp_path}/run"
+    write_shards(tmp_path / "shards")
+    command = f"run=train small shards={tmp_path}/shards out={tmp_path}/run steps=6"
     text = render("slurm", [command, "nodes=2", "min=2", "cpus=1", "poll_s=0.5", "wait_s=240"], NAMES)
     running = FakeScheduler(tmp_path, ["h0", "h1"], real=True).start(text, SLURM_JOB_ID=job, PYTHONPATH=str(ROOT))
     said, _ = running.communicate(timeout=600)
