@@ -143,6 +143,27 @@ def test_poor_trials_are_stopped_early_and_give_their_cpus_back(tmp_path):
 @pytest.mark.ray
 @pytest.mark.timeout(900)
 @pytest.mark.usefixtures("two_cpus")
+def test_a_trial_below_the_median_of_those_before_it_is_stopped(tmp_path):
+    """One at a time; the rule needs three others before it judges, so the fourth, which hardly learns, is the first that it can
+    stop. A fifth is added by a second command, whose rule knows the four from the journal alone."""
+    shards, rates = write_shards(tmp_path / "s"), [1e-2, 5e-3, 2e-3, 1e-7]
+    train = {**SMALL, "shards": str(shards), "steps": 60}
+    settings = campaign(
+        tmp_path / "c", shards, train=train, scheduler="median", at_once=1, grace=0.2, search={"learn.optim.lr": rates}
+    )
+    result = run_campaign(settings)
+    assert (result["trials"], result["finished"], result["stopped_early"]) == (4, 3, 1)
+    again = run_campaign(replace(settings, search={"learn.optim.lr": [*rates, 1e-8]}), extend=True)
+    assert (again["trials"], again["finished"], again["stopped_early"]) == (5, 3, 2)
+    with (tmp_path / "c" / "results.csv").open() as file:
+        stopped = [row["learn.optim.lr"] for row in csv.DictReader(file) if row["status"] == "stopped"]
+    assert sorted(map(float, stopped)) == [1e-8, 1e-7]
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+@pytest.mark.timeout(900)
+@pytest.mark.usefixtures("two_cpus")
 def test_trials_of_several_cells_one_after_the_other(tmp_path):
     """Tune drives fleets as it drives single cells; the number of cells is no matter of the result."""
     shards = write_shards(tmp_path / "s")
