@@ -107,7 +107,11 @@ class Copies:
         return {entry[0]: entry[1:] for line in lines if (entry := _parsed(line))}
 
     def _line(self, shard: int) -> str:
-        return json.dumps([self.shards[shard].file, self.shards[shard].sha256, *_state(self.path(shard))]) + "\n"
+        """A shard's line in the record, empty when the cache that shares the folder has evicted it meanwhile."""
+        try:
+            return json.dumps([self.shards[shard].file, self.shards[shard].sha256, *_state(self.path(shard))]) + "\n"
+        except FileNotFoundError:
+            return ""
 
     def _write_record(self, held: Iterable[int]) -> None:
         with committed(self.folder / _RECORD) as temporary:
