@@ -45,7 +45,7 @@ def quiet_data() -> None:
 
 
 def _driver_environment() -> dict[str, str]:
-    """What Ray Train reads from the driver: show runs on the dashboard's page; look after workers twice a second,
+    """What Ray Train reads from the driver: keep track of runs, for the dashboard; look after workers twice a second,
     after nodes that are announced to end once."""
     return {
         "RAY_TRAIN_ENABLE_STATE_TRACKING": "1",
