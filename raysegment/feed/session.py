@@ -14,7 +14,8 @@ def ensure_ray(num_cpus: int | None = None, resources: dict[str, float] | None =
     """Connect to Ray unless this process already is: RAY_ADDRESS (set in submitted jobs) or else a fresh local Ray.
 
     `address="local"` never joins a cluster that somebody else left behind on the machine. The dashboard stays on:
-    without it Ray Train never returns the placement groups of trials that Tune stopped. BadInput where RAY_ADDRESS is none.
+    without it Ray Train never returns the placement groups of trials that Tune stopped. BadInput where RAY_ADDRESS
+    is a dashboard's.
     """
     if ray.is_initialized():
         return
